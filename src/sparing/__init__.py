@@ -1,0 +1,34 @@
+"""sparing: neural networks that spend compute only where it matters, and prove it."""
+
+from __future__ import annotations
+
+from sparing import depth, tokens, width
+from sparing.engine.attach import Run, attach
+from sparing.engine.surgery import from_pretrained, prune, save_pretrained
+from sparing.engine.view import View, shape
+from sparing.grid.method import BudgetError, Card, Error, Method, Shape, get, load, methods, parse
+from sparing.grid.trace import Trace, count
+
+view = View
+__version__ = "0.1.0"
+__all__ = [
+    "BudgetError",
+    "Card",
+    "Error",
+    "Method",
+    "Run",
+    "Shape",
+    "Trace",
+    "View",
+    "attach",
+    "count",
+    "from_pretrained",
+    "get",
+    "load",
+    "methods",
+    "parse",
+    "prune",
+    "save_pretrained",
+    "shape",
+    "view",
+]

@@ -1,0 +1,5 @@
+"""`python -m sparing` is `sparing`."""
+
+from sparing.cli import main
+
+main()

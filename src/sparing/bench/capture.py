@@ -1,0 +1,129 @@
+"""What ran for one sample, as pictures show it: runs a method once on a task's own inputs and keeps which cells ran."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sparing.bench import pictures, tasks, timing
+from sparing.bench.compare import _slug as fitted_name
+from sparing.bench.models import Loaded, load_model
+from sparing.bench.pictures import Footprint
+from sparing.bench.report import slug
+from sparing.bench.summary import Experiment, Line, Row, experiments, percent
+from sparing.engine.attach import attach
+from sparing.engine.surgery import Plan, SurgeryMethod
+from sparing.engine.view import View
+from sparing.grid.method import Error, Method, load, parse
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STEPS = 24  #: generated tokens that a compute map shows
+
+
+@torch.no_grad()
+def footprint(loaded: Loaded, task: tasks.Task, method: Method, sample: int = 0, steps: int = STEPS) -> Footprint:
+    """Runs `method` on one of the task's batches, prefill and `steps` generated tokens, and keeps what ran for one sample."""
+    inputs = task.inputs()
+    ids = inputs["input_ids"]
+    if not 0 <= sample < len(ids):
+        raise Error(f"sample: {sample} is not there; the task's first batch holds 0 to {len(ids) - 1}")
+    here = inputs["attention_mask"][sample].bool().cpu() if "attention_mask" in inputs else torch.ones(ids.shape[1], dtype=torch.bool)
+    token = loaded.view.image_token_id
+    visual = (ids[sample].cpu() == token) if token is not None else torch.zeros(ids.shape[1], dtype=torch.bool)
+    picture = _picture(loaded, inputs, sample)
+    if isinstance(method, SurgeryMethod):
+        share = left(loaded.model, method.plan(loaded.model))
+        prompt = np.repeat((share > 0)[:, None], int(here.sum()), 1)
+        return Footprint(prompt, visual[here].numpy(), np.zeros((len(share), 0), bool), share, picture)
+    with attach(loaded.model, method) as run:
+        run.keeps_index = True
+        timing.decode(loaded.model, inputs, timing.prefill(loaded.model, inputs), steps)
+        return pictures.footprint(run.trace, visual, sample=sample, here=here, image=picture)
+
+
+def left(model: nn.Module, plan: Plan) -> NDArray[np.float64]:
+    """Share of each layer's parameters that a plan leaves."""
+    shares = []
+    for layer, cut in zip(View(model).layers, plan.layers, strict=True):
+        whole = sum(weight.numel() for weight in layer.module.parameters())
+        gone = 0.0
+        for part, size, kept, stays in (
+            (layer.attention, layer.groups, cut and cut.groups, cut and cut.attention),
+            (layer.mlp, layer.neurons, cut and cut.neurons, cut and cut.mlp),
+        ):
+            if part is not None and cut is not None:
+                share = 0.0 if not stays else 1.0 if kept is None else kept.numel() / size
+                gone += (1 - share) * sum(weight.numel() for weight in part.parameters())
+        shares.append(0.0 if cut is None else 1 - gone / whole)
+    return np.array(shares)
+
+
+def _picture(loaded: Loaded, inputs: tasks.Batch, sample: int) -> NDArray[np.uint8] | None:
+    """The picture as the model got it, back in colours; None where it cannot be read off the inputs."""
+    pixels = inputs.get("pixel_values")
+    if not isinstance(pixels, Tensor) or pixels.ndim != 4 or len(pixels) != len(inputs["input_ids"]) or pixels.shape[1] != 3:
+        return None
+    image = pixels[sample].float().cpu().permute(1, 2, 0)
+    try:
+        prepares: Any = loaded.processor.image_processor
+        image = image * torch.tensor(prepares.image_std) + torch.tensor(prepares.image_mean)
+    except (Error, AttributeError, TypeError):
+        image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-6)
+    return (255 * image.clamp(0, 1)).round().byte().numpy()
+
+
+# --------------------------------------------------------------------------- all pictures of a comparison
+
+
+def draw(rows: Sequence[Row], out: Path, device: str = "cpu") -> dict[str, Figure]:
+    """The pictures of what ran that `out` does not hold yet: compute maps, budgets of layers, visual tokens kept.
+
+    The methods are those of the rows, as they were fitted. A method whose picture fails is left out: its numbers stand.
+    """
+    found: dict[str, Figure] = {}
+    for experiment in experiments(rows):
+        if _missing(experiment, out):
+            found |= _drawn(experiment, out, device)
+    return found
+
+
+def _missing(experiment: Experiment, out: Path) -> bool:
+    ran = [line for line in experiment.lines if line.ran]
+    names = {f"budgets-{slug(experiment.model)}"} | {f"map-{slug(line.label)}" for line in ran if line.axis != "width"}
+    return bool(ran) and any(not (out / f"{name}.svg").is_file() for name in names)
+
+
+def _drawn(experiment: Experiment, out: Path, device: str) -> dict[str, Figure]:
+    dtype = next((row["dtype"] for row in experiment.rows if row.get("dtype")), None)
+    loaded = load_model(experiment.model, device, dtype)
+    task = tasks.parse(experiment.task, loaded)
+    figures, shares = {}, {}
+    for label in experiment.labels:
+        lines = [line for line in experiment.lines if line.label == label and line.ran]
+        seen = {f"keep {percent(line.keep)}": footprint(loaded, task, rebuilt(line, out, loaded)) for line in lines}
+        if not seen:
+            continue
+        shares[label] = {name: ran.share for name, ran in seen.items()}
+        if lines[0].axis != "width":
+            figures[f"map-{label}"] = pictures.compute_map(seen)
+        if lines[0].axis == "tokens" and (shown := pictures.kept(seen)) is not None:
+            figures[f"kept-{label}"] = shown
+    if shares:
+        figures[f"budgets-{experiment.model}"] = pictures.budgets(shares)
+    return figures
+
+
+def rebuilt(line: Line, out: Path, loaded: Loaded) -> Method:
+    """The method of a row at its budget, fitted as it was when the row was measured."""
+    spec = str(line.row.get("spec") or line.row["method"])
+    folders = (Path(spec), out / "fitted" / fitted_name(spec))
+    folder = next((folder for folder in folders if (folder / "method.json").is_file()), None)
+    return (load(folder) if folder else parse(spec)).at(line.keep, loaded.view.shape)

@@ -1,0 +1,677 @@
+"""The library's main job: methods against dense and against their controls, on one model and one task, as rows.
+
+Every row is a plain dict that JSON can hold; a value that was not measured is None. There are three sorts: `dense` (one
+row), controls (`control` is random, uniform, oracle or downsample, `of` names the method) and methods. A method's
+controls stand before it, because its `beats_control` is read from their rows. The columns are listed at `BLANK`.
+
+Rows go to `OUT/results.jsonl` one by one and are on the disk before the next one is begun, so a run that is killed at
+any moment goes on with `resume=True` and ends in the same table.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import nn
+from transformers import PreTrainedModel
+
+from sparing.bench import bounds, tasks, timing
+from sparing.bench.bounds import Bounds, Cost, Peaks
+from sparing.bench.models import Loaded, load_model
+from sparing.bench.tasks import Task
+from sparing.bench.timing import Ratio, Stages
+from sparing.engine.attach import Run, attach
+from sparing.engine.surgery import prune, save_pretrained
+from sparing.grid.method import BudgetError, Error, Method, load, parse
+
+Row = dict[str, Any]
+
+KEEP = (0.5, 0.25, 0.1)
+FIT_BATCHES = 32  #: calibration batches
+PHASES = ("prefill", "decode")
+
+BLANK: Row = {
+    # what ran
+    "method": None,  # name
+    "axis": None,  # tokens | depth | width | …
+    "keep": None,  # asked share of the axis' cells
+    "fields": {},  # hyper-parameters at this budget
+    "control": None,  # None for a method, else random | uniform | oracle | downsample
+    "of": None,  # method that a control belongs to
+    "spec": None,  # the method as it was asked for; the same in a method's row and its controls'
+    # quality
+    "metric": None,
+    "quality": None,
+    "quality_dense": None,
+    "quality_loss_pct": None,  # see Task.loss
+    "details": {},  # the same quality in other units
+    "beats_control": None,  # better than random by more than its spread over seeds, and not worse than uniform
+    # speed: dense seconds / method seconds; median, 20th and 80th percentile of paired runs
+    "prefill_speedup": None,
+    "prefill_speedup_low": None,
+    "prefill_speedup_high": None,
+    "decode_speedup": None,
+    "decode_speedup_low": None,
+    "decode_speedup_high": None,
+    "prefill_ms": None,  # median
+    "decode_ms": None,  # median, an output token of the batch
+    "pairs": None,
+    "slower_than_dense": None,  # even the 80th percentile is below 1, in a phase where the method acts
+    "decision_share": None,  # of the method's own time
+    # cost, and what it allows
+    "phase": None,  # prefill | decode: the phase of the next seven columns
+    "flops_ratio": None,  # method / dense
+    "bytes_ratio": None,
+    "flop_bound": None,
+    "byte_bound": None,
+    "roofline": None,
+    "bound": None,  # the one that counts: flop_bound for prefill, roofline for decode
+    "efficiency": None,  # speed-up in that phase / bound
+    "prefill_flops": None,
+    "prefill_bytes": None,
+    "decode_flops": None,  # an output token of the batch
+    "decode_bytes": None,
+    "peak_flops": None,  # the machine's, per second; in the dense row
+    "peak_bandwidth": None,
+    "cells": None,  # share of the axis' cells that really ran
+    "peak_memory_mb": None,  # 10^6 bytes: weights and the most that prefill and decode held beside them
+    "size_mb": None,  # checkpoint on disk, surgery only
+    "size_dense_mb": None,
+    # how
+    "status": "ok",  # ok | unreachable | failed
+    "note": "",
+    "model": None,
+    "task": None,
+    "limit": None,
+    "device": None,
+    "dtype": None,
+    "seed": None,
+    "versions": {},
+    "seconds": None,  # that the row took
+}
+
+
+def compare(
+    model: str | PreTrainedModel,
+    task: str | Task,
+    methods: Sequence[str | Path | Method],
+    keep: Sequence[float] = KEEP,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    device: str = "cpu",
+    dtype: str | torch.dtype | None = None,
+    seed: int = 0,
+    repeats: int | None = None,
+    limit: int | None = None,
+    controls: bool = True,
+    control_seeds: int = 3,
+    fitted: Mapping[str, str | Path | Method] | None = None,
+    processor: Any = None,
+    progress: bool = True,
+) -> list[Row]:
+    """Measures methods on a model: quality, speed, memory and cost against dense and against their controls.
+
+    Args:
+        model: `lab:NAME`, a checkpoint folder, a hub id, or a model object.
+        task: `ppl`, `ppl:FILE`, `find-digit`, `vqa:FILE.jsonl`, or a `Task`.
+        methods: names, `name:field=value,…`, folders of fitted methods, or `Method` objects.
+        keep: budgets: shares of the cells of a method's axis that run.
+        out: folder for `results.jsonl`; None keeps the rows in memory only.
+        resume: go on with the run that `out` holds.
+        device: where to run.
+        dtype: number type of the weights; None takes the checkpoint's.
+        seed: of what is fitted; the random controls take `seed`, `seed + 1`, …
+        repeats: timed pairs; None takes enough for about two seconds a side, 5 to 30. 0 times nothing.
+        limit: units of the task that are evaluated.
+        controls: whether the controls run. Their quality is measured, their speed is not: it would be the method's own,
+            because they spend the same.
+        control_seeds: seeds of the random control, at least 3.
+        fitted: fitted methods, or their folders, by name; used instead of fitting.
+        processor: for a model object, its processor or tokenizer.
+        progress: show a progress bar on standard error.
+
+    Returns:
+        The rows, in the order in which they were measured.
+
+    Raises:
+        Error: something that the caller asked for cannot be; before any work.
+    """
+    for share in keep:
+        if not (isinstance(share, (int, float)) and 0 < share <= 1):
+            raise Error(f"keep = {share}: must be above 0 and at most 1")
+    for name, value, least in (("limit", limit, 1), ("repeats", repeats, 0), ("control_seeds", control_seeds, 3)):
+        if value is not None and value < least:
+            raise Error(f"{name} = {value}: must be at least {least}")
+    if not keep or not methods:
+        raise Error(f"{'methods' if keep else 'keep'} = []: name at least one")
+    asked = _asked(methods, fitted or {})
+    loaded = load_model(model, device, dtype, processor)
+    bound_task = tasks.parse(task, loaded)
+    for spec, method in asked.items():
+        _fits(spec, method, loaded, bound_task)
+    arguments = {
+        "model": loaded.name,
+        "task": bound_task.name,
+        "methods": list(asked),
+        "keep": [float(share) for share in keep],
+        "device": device,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "seed": seed,
+        "repeats": repeats,
+        "limit": limit,
+        "controls": controls,
+        "control_seeds": control_seeds,
+        "versions": _versions(),
+    }
+    store = Store(out, arguments, resume)
+    with _bar(progress, len(asked) * len(keep)) as bar:
+        _Comparison(loaded, bound_task, store, bar, arguments).run(asked)
+    return store.rows
+
+
+# -------------------------------------------------------------------------------------------------------------- store
+
+
+class Store:
+    """The rows of one run, in memory and, with a folder, on the disk.
+
+    The folder holds `run.json` (the arguments), `results.jsonl` (a row a line), `fitted/` (methods fitted on the way)
+    and, where something failed, `errors.log`. A line that a kill left unfinished is dropped when the run is resumed.
+    """
+
+    def __init__(self, folder: str | Path | None, arguments: Row, resume: bool = False) -> None:
+        self.rows: list[Row] = []
+        self.folder = Path(folder).expanduser() if folder is not None else None
+        if self.folder is None:
+            return
+        arguments = _plain(arguments)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as problem:
+            raise Error(f"out = '{self.folder}': cannot be written to ({problem.strerror or problem})") from problem
+        file, self._file = self.folder / "run.json", self.folder / "results.jsonl"
+        if file.exists():
+            self._same(json.loads(file.read_text()), arguments)
+            if not resume:
+                raise Error(
+                    f"out = '{self.folder}': holds this run already; pass --resume to go on with it, or another folder"
+                )
+            self._recover()
+        elif any(not path.name.endswith(".new") for path in self.folder.iterdir()):
+            raise Error(f"out = '{self.folder}': is not empty and holds no run of sparing compare; take another folder")
+        else:
+            _write(file, json.dumps(arguments, indent=2) + "\n")
+
+    def find(self, **wanted: Any) -> Row | None:
+        """The first row with these values."""
+        return next((row for row in self.rows if all(row[key] == value for key, value in wanted.items())), None)
+
+    def add(self, row: Row) -> Row:
+        """Keeps a row; when this returns, it is on the disk."""
+        row = _plain(row)
+        if self.folder is not None:
+            with open(self._file, "ab") as file:
+                file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        self.rows.append(row)
+        return row
+
+    def log(self, what: str) -> None:
+        """Adds the traceback of the exception being handled to `errors.log`."""
+        if self.folder is not None:
+            with open(self.folder / "errors.log", "a") as file:
+                file.write(f"{what}\n{traceback.format_exc()}\n")
+
+    def _same(self, old: Row, new: Row) -> None:
+        other = [key for key in new if old.get(key) != new[key]]
+        if other:
+            was = ", ".join(f"{key} {old.get(key)!r}, now {new[key]!r}" for key in other)
+            raise Error(f"out = '{self.folder}': holds another run ({was}); take another folder")
+
+    def _recover(self) -> None:
+        data = self._file.read_bytes() if self._file.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        try:
+            self.rows = [json.loads(line) for line in whole.splitlines()]
+        except json.JSONDecodeError as problem:
+            raise Error(
+                f"out = '{self.folder}': its results.jsonl is damaged ({problem}); take another folder"
+            ) from problem
+        if whole != data:
+            os.truncate(self._file, len(whole))
+
+
+def _write(file: Path, text: str) -> None:
+    """Writes a whole file or none."""
+    beside = file.with_name(file.name + ".new")
+    with open(beside, "w") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
+    os.replace(beside, file)
+
+
+def _plain(row: Row) -> Row:
+    """What a row is after a trip through JSON; a number that JSON does not have becomes None."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if isinstance(value, Mapping):
+            return {str(key): known(item) for key, item in value.items()}
+        return [known(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    plain: Row = json.loads(json.dumps(known(row), default=str))
+    return plain
+
+
+# --------------------------------------------------------------------------------------------------------- comparison
+
+
+@dataclass
+class _Subject:
+    """A model with or without something attached: everything a row measures can be measured on it.
+
+    Attributes:
+        model: dense, or really cut.
+        method: attached while measuring; None for dense and for cut models.
+    """
+
+    model: nn.Module
+    method: Method | None = None
+
+    @contextmanager
+    def running(self, *, trace: bool = False, decisions: bool = False) -> Iterator[Run | None]:
+        """The model as the subject runs it; yields the run, or None. Without `trace` it records nothing, for timing."""
+        if self.method is None:
+            yield None
+        else:
+            with attach(self.model, self.method) as run:
+                run.keeps_trace, run.time_decisions = trace, decisions
+                yield run
+
+    def generation(self, inputs: tasks.Batch) -> Stages:
+        """One timed generation."""
+        with self.running():
+            return timing.generation(self.model, inputs)
+
+    def cost(self, inputs: tasks.Batch) -> dict[str, Cost]:
+        """Of prefill, and of one decode step."""
+        out: list[Any] = []
+        with self.running():
+            first = Cost.of(lambda: out.append(timing.prefill(self.model, inputs)))
+            steps = Cost.of(lambda: timing.decode(self.model, inputs, out[0]))
+        return {"prefill": first, "decode": Cost(steps.flops // timing.STEPS, steps.bytes // timing.STEPS)}
+
+    def memory(self, inputs: tasks.Batch) -> int:
+        """Bytes of the weights and the most that one generation holds beside them."""
+
+        def generate() -> None:
+            timing.decode(self.model, inputs, timing.prefill(self.model, inputs), 2)
+
+        with self.running():
+            return timing.weight_bytes(self.model) + timing.peak_memory(generate, inputs["input_ids"].device)
+
+    def deciding(self, inputs: tasks.Batch, repeats: int = 3) -> float:
+        """Share of the time of a generation that the method's own decisions take."""
+        if self.method is None:
+            return 0.0
+        shares = []
+        for _ in range(repeats):
+            with self.running(decisions=True) as run:
+                assert run is not None
+                stages = timing.generation(self.model, inputs)
+                total = stages["prefill"] + timing.STEPS * stages["decode"]
+                shares.append(run.trace.seconds_deciding / total)
+        return statistics.median(shares)
+
+
+@dataclass
+class _Comparison:
+    loaded: Loaded
+    task: Task
+    store: Store
+    bar: _Bar
+    arguments: Row
+    fitted: dict[str, Method] = field(default_factory=dict)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.loaded.model
+
+    def run(self, asked: Mapping[str, Method]) -> None:
+        """Everything that is not there yet."""
+        with _evaluating(self.model):
+            if not self.store.find(method="dense"):
+                self._dense()
+            for spec, method in asked.items():
+                for keep in self.arguments["keep"]:
+                    self._budget(spec, method, keep)
+                    self.bar.next()
+
+    def _dense(self) -> None:
+        with self._row("dense", method="dense", axis=None, keep=1.0, seed=self.arguments["seed"]) as row:
+            subject = _Subject(self.model)
+            self._quality(row, subject)
+            if self.arguments["repeats"] != 0:
+                inputs = self.task.inputs()
+                peaks = bounds.peaks(self.arguments["device"], self.model.dtype)
+                row |= {"peak_flops": peaks.flops, "peak_bandwidth": peaks.bandwidth}
+                row |= _costs(subject.cost(inputs))
+                row |= {"cells": 1.0, "flops_ratio": 1.0, "bytes_ratio": 1.0, "decision_share": 0.0, "phase": "prefill"}
+                row |= {"flop_bound": 1.0, "byte_bound": 1.0, "roofline": 1.0, "bound": 1.0, "efficiency": 1.0}
+                row["peak_memory_mb"] = subject.memory(inputs) / 1e6
+                self._speed(row, subject, inputs)
+
+    def _budget(self, spec: str, method: Method, keep: float) -> None:
+        """One method at one budget: its controls, then itself."""
+        mine = {"spec": spec, "keep": keep, "axis": method.card.axis}
+        if self.store.find(spec=spec, keep=keep, control=None):
+            return
+        name = f"{method.name} at {keep:g}"
+        with self._row(spec, **mine, method=method.name, fields=method.fields(), seed=self.arguments["seed"]) as row:
+            self.bar.say(f"{name}: preparing")
+            method = self._ready(spec, method).at(keep, self.loaded.view.shape)
+            row["fields"] = method.fields()
+            plan = self._plan(method)
+            for place, (kind, seed) in enumerate(plan):
+                self.bar.say(f"{name}: {kind} control", place, len(plan) + 2)
+                if not self.store.find(spec=spec, keep=keep, control=kind, seed=seed):
+                    self._control({**mine, "control": kind, "of": method.name, "seed": seed}, method)
+            row["seconds"] = time.perf_counter()  # the controls have rows of their own
+            self.bar.say(f"{name}: quality", len(plan), len(plan) + 2)
+            subject = self._subject(method)
+            self._quality(row, subject)
+            row["beats_control"] = self._beats(row)
+            self.bar.say(f"{name}: speed", len(plan) + 1, len(plan) + 2)
+            if self.arguments["repeats"] != 0:
+                self._measure(row, method, subject)
+
+    def _plan(self, method: Method) -> list[tuple[str, int]]:
+        """Kind and seed of the controls of a method."""
+        first = self.arguments["seed"]
+        seeds = {"random": self.arguments["control_seeds"], "uniform": 1, "oracle": int(self.task.truth)}
+        plan = [(kind, first + i) for kind in seeds if kind in method.card.controls for i in range(seeds[kind])]
+        plan += [("downsample", first)] * (method.card.visual and self.task.downsampled(1.0) is not None)
+        return plan if self.arguments["controls"] else []
+
+    def _control(self, known: Row, method: Method) -> None:
+        """The row of one control."""
+        kind, keep = known["control"], known["keep"]
+        with self._row(f"{known['spec']}, {kind} control", **known, method=kind) as row:
+            if kind != "downsample":
+                control = method.control(kind, self.loaded.view.shape, known["seed"])
+                row |= {"method": control.name, "fields": control.fields()}
+                self._quality(row, self._subject(control))
+                return
+            # the dense model on smaller pictures: one number for all methods at this budget
+            same = self.store.find(control="downsample", keep=keep, status="ok")
+            if same:
+                row |= {key: same[key] for key in ("quality", "quality_dense", "quality_loss_pct", "details")}
+                return
+            task = self.task.downsampled(keep)
+            if task is None:
+                raise BudgetError(f"keep: {keep:g} of the visual tokens is less than one")
+            self._quality(row, _Subject(self.model), task)
+
+    def _ready(self, spec: str, method: Method) -> Method:
+        """The method with what it has to be fitted with; fitted once for all budgets."""
+        if method.ready:
+            return method
+        if spec not in self.fitted:
+            folder = self.store.folder and self.store.folder / "fitted" / _slug(spec)
+            if folder and (folder / "method.json").is_file():
+                self.fitted[spec] = load(folder)
+            else:
+                self.bar.say(f"{method.name}: fitting")
+                with torch.random.fork_rng():
+                    torch.manual_seed(self.arguments["seed"])
+                    fitted = method.fit(self.model, self.task.batches(FIT_BATCHES))
+                if folder:
+                    beside = folder.with_name(folder.name + ".new")
+                    fitted.save(beside)
+                    os.replace(beside, folder)
+                    fitted = load(folder)
+                self.fitted[spec] = fitted
+        return self.fitted[spec]
+
+    def _subject(self, method: Method) -> _Subject:
+        if method.card.kind == "surgery":
+            return _Subject(prune(self.model, method).eval())
+        return _Subject(self.model, method)
+
+    def _quality(self, row: Row, subject: _Subject, task: Task | None = None) -> None:
+        task, limit = task or self.task, self.arguments["limit"]
+        with subject.running(trace=True) as run:
+            quality = task.evaluate(subject.model, run, limit, self.bar.part)
+            if run is not None and subject.method is not None and row["axis"] in ("tokens", "depth"):
+                row["cells"] = self._cells(run, subject.method)
+        if not math.isfinite(quality):
+            raise ArithmeticError(f"{task.metric} is {quality}")
+        dense = quality if row["method"] == "dense" else self.store.find(method="dense")["quality"]  # type: ignore[index]
+        row |= {"quality": quality, "quality_dense": dense, "quality_loss_pct": task.loss(quality, dense)}
+        row["details"] = task.details(quality, limit)
+
+    def _cells(self, run: Run, method: Method) -> float:
+        """Share of the cells that ran in the evaluation; for a method that acts in decoding, in a real decode step."""
+        if method.card.phase == "decode":
+            run.prompt, inputs = None, self.task.inputs()
+            run.trace.reset()
+            timing.decode(run.model, inputs, timing.prefill(run.model, inputs), 1)
+            return run.trace.share(method.card.axis, "decode")
+        return run.trace.share(method.card.axis)
+
+    def _beats(self, row: Row) -> bool | None:
+        rivals: dict[str, list[float]] = {"random": [], "uniform": []}
+        for other in self.store.rows:
+            if (other["spec"], other["keep"]) == (row["spec"], row["keep"]) and other["status"] == "ok":
+                rivals.get(other["control"], []).append(other["quality"])
+        if not rivals["random"]:
+            return None
+        sign = 1 if self.task.higher_is_better else -1
+        spread = statistics.stdev(rivals["random"]) if len(rivals["random"]) > 1 else 0.0
+        better = sign * (row["quality"] - statistics.fmean(rivals["random"])) > spread
+        return better and all(sign * (row["quality"] - uniform) >= 0 for uniform in rivals["uniform"])
+
+    def _measure(self, row: Row, method: Method, subject: _Subject) -> None:
+        """Speed, cost, bounds, memory and, for cut models, size."""
+        inputs, dense = self.task.inputs(), self.store.find(method="dense")
+        assert dense is not None
+        speed = self._speed(row, subject, inputs)
+        row["decision_share"] = subject.deciding(inputs)
+        row["peak_memory_mb"] = subject.memory(inputs) / 1e6
+        row |= _costs(subject.cost(inputs))
+        peaks = Peaks(dense["peak_flops"], dense["peak_bandwidth"])
+        limits = {phase: Bounds.of(_cost(dense, phase), _cost(row, phase), peaks) for phase in PHASES}
+        phase = "decode" if method.card.phase == "decode" else "prefill"
+        mine = limits[phase]
+        row |= {"phase": phase, "flop_bound": mine.flops, "byte_bound": mine.bytes, "roofline": mine.roofline}
+        row["flops_ratio"] = mine.flops and 1 / mine.flops
+        row["bytes_ratio"] = mine.bytes and 1 / mine.bytes
+        row["bound"] = mine.roofline if phase == "decode" else mine.flops
+        row["efficiency"] = row["bound"] and speed[phase].median / row["bound"]
+        acts = (method.card.phase,) if method.card.phase in PHASES else PHASES
+        slow = [p for p in PHASES if speed[p].high < 1]
+        row["slower_than_dense"] = any(p in acts for p in slow)
+        notes = [f"{p} is slower than dense" for p in slow]
+        if row["bound"] and speed[phase].low > row["bound"]:
+            notes.append(f"{phase} is faster than its bound of {row['bound']:.2f}")
+        row["note"] = "; ".join(notes)
+        if method.card.kind == "surgery":
+            row |= {"size_mb": self._size(subject.model), "size_dense_mb": self._size(self.model)}
+            row["cells"] = _block_parameters(subject.model) / _block_parameters(self.model)
+
+    def _speed(self, row: Row, subject: _Subject, inputs: tasks.Batch) -> dict[str, Ratio]:
+        reference = _Subject(self.model)
+        speed = timing.time_stages(
+            lambda: reference.generation(inputs), lambda: subject.generation(inputs), repeats=self.arguments["repeats"]
+        )
+        for phase, ratio in speed.items():
+            row[f"{phase}_speedup"], row[f"{phase}_ms"] = ratio.median, 1000 * ratio.other
+            row[f"{phase}_speedup_low"], row[f"{phase}_speedup_high"] = ratio.low, ratio.high
+            row["pairs"] = ratio.n
+        return speed
+
+    def _size(self, model: nn.Module) -> float:
+        """10^6 bytes of the weights as a checkpoint on the disk."""
+        with tempfile.TemporaryDirectory(dir=self.store.folder) as folder:
+            save_pretrained(model, folder)
+            return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / 1e6
+
+    @contextmanager
+    def _row(self, what: str, **known: Any) -> Iterator[Row]:
+        """A row to fill; it is kept in any case, with what went wrong if something did."""
+        row = BLANK | {"seconds": time.perf_counter()} | known
+        row |= {key: self.arguments[key] for key in ("model", "task", "limit", "device", "dtype", "versions")}
+        row["metric"] = self.task.metric
+        try:
+            yield row
+        except BudgetError as problem:
+            row |= {"status": "unreachable", "note": str(problem)}
+        except Exception as problem:  # a method's failure is a result; the run goes on
+            if row["method"] == "dense":
+                raise Error(f"model = {self.loaded.name!r}: fails on {self.task.name} as it is: {problem}") from problem
+            row |= {"status": "failed", "note": f"{type(problem).__name__}: {problem}".splitlines()[0]}
+            self.store.log(f"{what}, keep {row['keep']}")
+        row["seconds"] = time.perf_counter() - row["seconds"]
+        row |= self.store.add(row)
+
+
+# -------------------------------------------------------------------------------------------------------------- parts
+
+
+def _asked(methods: Sequence[str | Path | Method], fitted: Mapping[str, str | Path | Method]) -> dict[str, Method]:
+    """The methods by a name that tells them apart."""
+    found: dict[str, Method] = {}
+    for item in methods:
+        if isinstance(item, Method):
+            fields = ",".join(f"{key}={value}" for key, value in item.fields().items())
+            spec, method = f"{item.name}:{fields}" if fields else item.name, item
+        elif (Path(item) / "method.json").is_file() or Path(item).is_dir():
+            spec, method = str(item), load(item)
+        else:
+            spec, method = str(item), parse(str(item))
+        given = fitted.get(spec, fitted.get(method.name))
+        if given is not None and not method.state:
+            method = given if isinstance(given, Method) else load(given)
+        found[spec] = method
+    return found
+
+
+def _fits(spec: str, method: Method, loaded: Loaded, task: Task) -> None:
+    """Refuses what cannot work, before any work."""
+    if method.card.visual and not loaded.sees:
+        raise Error(
+            f"method = {spec!r}: works on visual tokens, and {loaded.name} reads text only; use a vision-language model"
+        )
+    if method.card.visual and not task.visual:
+        raise Error(
+            f"method = {spec!r}: works on visual tokens, and task {task.name} has no images; use find-digit or vqa:FILE"
+        )
+    if not method.ready and not task.calibrates:
+        raise Error(
+            f"method = {spec!r}: has to be fitted on other data; name the folder of a fitted one, or write the task as "
+            f"{task.name},calibration=OTHER"
+        )
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "sparing")},
+    }
+
+
+def _costs(costs: Mapping[str, Cost]) -> Row:
+    return {f"{phase}_{key}": getattr(cost, key) for phase, cost in costs.items() for key in ("flops", "bytes")}
+
+
+def _cost(row: Row, phase: str) -> Cost:
+    return Cost(row[f"{phase}_flops"], row[f"{phase}_bytes"])
+
+
+def _block_parameters(model: nn.Module) -> int:
+    from sparing.engine.view import View
+
+    return sum(weight.numel() for weight in View(model).stack.parameters())
+
+
+def _slug(spec: str) -> str:
+    return "".join(char if char.isalnum() or char in "-_.=," else "_" for char in spec)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+class _Bar:
+    """Progress over methods and budgets, with what goes on inside one of them."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress, self._done, self._stretch = progress, 0, (0.0, 0.0)
+        self._task = progress.add_task("dense", total=total)
+
+    def say(self, what: str, place: int = 0, places: int = 0) -> None:
+        """What is going on: step `place` of `places` of this budget."""
+        self._stretch = (place / places, 1 / places) if places else (0.0, 0.0)
+        self._progress.update(self._task, description=what)
+        self.part(0, 1)
+
+    def part(self, done: int, total: int) -> None:
+        """How far this step is."""
+        start, length = self._stretch
+        self._progress.update(self._task, completed=self._done + start + length * done / total)
+
+    def next(self) -> None:
+        """This budget is done."""
+        self._done += 1
+        self._stretch = (0.0, 0.0)
+        self.part(1, 1)
+
+
+@contextmanager
+def _bar(shown: bool, total: int) -> Iterator[_Bar]:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as progress:
+        yield _Bar(progress, total)

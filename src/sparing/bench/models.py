@@ -1,0 +1,130 @@
+"""MODEL as a user writes it (`lab:vlm`, a folder, a hub id) as a live model with its tokenizer or processor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
+
+from sparing import lab
+from sparing.engine.surgery import from_pretrained
+from sparing.engine.view import View
+from sparing.grid.method import Error
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Loaded:
+    """A model ready to run, and what turns words and pictures into its inputs (fetched when first asked for).
+
+    Attributes:
+        name: as the user wrote it.
+        model: in evaluation mode, on its device.
+        source: folder or hub id that tokenizer and processor come from, None where they were given.
+        given: processor or tokenizer that the caller brought.
+    """
+
+    name: str
+    model: PreTrainedModel
+    source: str | None = None
+    given: Any = None
+
+    @cached_property
+    def view(self) -> View:
+        """The model's layers."""
+        return View(self.model)
+
+    @cached_property
+    def sees(self) -> bool:
+        """Whether it takes images."""
+        return self.view.image_token_id is not None
+
+    @cached_property
+    def processor(self) -> Any:
+        """The processor of a model that takes images."""
+        if self.given is not None:
+            return self.given
+        return self._fetch(AutoProcessor, "processor")
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer, by itself or as part of the processor."""
+        if self.given is not None:
+            return getattr(self.given, "tokenizer", self.given)
+        return self._fetch(AutoTokenizer, "tokenizer")
+
+    def _fetch(self, kind: Any, what: str) -> Any:
+        if self.source is None:
+            raise Error(f"processor = None: a model object without a checkpoint needs its {what} as well")
+        try:
+            return kind.from_pretrained(self.source)
+        except (OSError, ValueError, ImportError, KeyError) as problem:
+            raise Error(
+                f"model = {self.name!r}: has no {what} that can be loaded ({_first_line(problem)})"
+            ) from problem
+
+
+def number_type(name: str | torch.dtype | None) -> torch.dtype | None:
+    """`float32`, `bfloat16` or `float16` as a torch dtype; None stays None."""
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    if name not in DTYPES:
+        raise Error(f"dtype = {name!r}: must be one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def place(name: str | torch.device) -> torch.device:
+    """A device that is really there."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as problem:
+        raise Error(f"device = {str(name)!r}: cannot be used here ({_first_line(problem)})") from problem
+    return device
+
+
+def load_model(
+    name: str | PreTrainedModel,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    processor: Any = None,
+) -> Loaded:
+    """Loads a model for inference.
+
+    Args:
+        name: `lab:NAME`, a checkpoint folder (ordinary, or cut by `sparing prune`), a hub id, or a model object.
+        device: to put it on.
+        dtype: number type; None takes the checkpoint's own, float32 for the lab models.
+        processor: processor or tokenizer; only needed beside a model object.
+    """
+    where, kind = place(device), number_type(dtype)
+    if isinstance(name, PreTrainedModel):
+        label = name.config.name_or_path or type(name).__name__
+        nn.Module.to(name, where, kind)
+        return Loaded(label, name, name.config.name_or_path or None, processor)
+    source = name
+    if name.startswith("lab:"):
+        source, kind = str(lab.folder(name.removeprefix("lab:"))), kind or torch.float32
+    elif Path(name).expanduser().exists() or name.startswith((".", "/", "~")):
+        folder = Path(name).expanduser()
+        if not (folder / "config.json").is_file():
+            raise Error(f"model = {name!r}: no checkpoint there (config.json is missing)")
+        source = str(folder)
+    try:
+        model = from_pretrained(source, dtype=kind or "auto")
+    except Error:
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as problem:
+        raise Error(f"model = {name!r}: cannot be loaded ({_first_line(problem)})") from problem
+    nn.Module.to(model, where)
+    return Loaded(name, model.eval(), source, processor)
+
+
+def _first_line(problem: BaseException) -> str:
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0]

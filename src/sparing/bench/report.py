@@ -1,0 +1,287 @@
+"""The result of a comparison for people: a table in the terminal, and one HTML file that needs nothing but a browser."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from sparing.bench import summary
+from sparing.bench.summary import AXES, METRICS, SPOKEN, Experiment, Line, Row, experiments, percent, quality
+from sparing.grid.method import Error
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FILE = "report.html"
+_TONES = {"good": "green", "bad": "bold red", "warn": "yellow", "quiet": "dim"}
+
+
+# --------------------------------------------------------------------------- cells
+
+
+def _number(value: float | None, pattern: str = "{:.1f}") -> str:
+    return "–" if value is None else pattern.format(value)
+
+
+def _speed(row: Row, key: str) -> str:
+    """`1.62× [1.58–1.70]`: median, 20th and 80th percentile."""
+    value, low, high = row.get(key), row.get(f"{key}_low"), row.get(f"{key}_high")
+    if value is None:
+        return "–"
+    return f"{value:.2f}×" + (f" [{low:.2f}–{high:.2f}]" if low is not None and high is not None else "")
+
+
+def _controlled(line: Line, kind: str) -> str:
+    """What a control of the same budget loses; with its standard deviation where several seeds ran."""
+    loss = line.control(kind)
+    if loss is None:
+        return "–"
+    return f"{loss.mean:.1f}" + (f" ± {loss.deviation:.1f}" if loss.seeds > 1 else "")
+
+
+_COLUMNS: tuple[tuple[str, str, Any], ...] = (
+    # head, explanation, cell of a line (Experiment, Line) -> str
+    ("keep", "share of the axis' cells that run", lambda e, x: percent(x.keep)),
+    ("quality", "on the task", lambda e, x: quality(x.row.get("quality"), e.metric)),
+    ("loss %", "of quality, against dense", lambda e, x: _number(x.row.get("quality_loss_pct"))),
+    ("random", "loss % of random choice, mean ± standard deviation over seeds", lambda e, x: _controlled(x, "random")),
+    ("uniform", "loss % of evenly spaced choice", lambda e, x: _controlled(x, "uniform")),
+    ("down-s.", "loss % of images made smaller", lambda e, x: _controlled(x, "downsample")),
+    ("oracle", "loss % when the right choice is known", lambda e, x: _controlled(x, "oracle")),
+    ("prefill", "measured speed-up: median [20th–80th percentile]", lambda e, x: _speed(x.row, "prefill_speedup")),
+    ("decode", "measured speed-up: median [20th–80th percentile]", lambda e, x: _speed(x.row, "decode_speedup")),
+    ("bound", "the most that the work left allows", lambda e, x: _number(x.row.get("bound"), "{:.2f}×")),
+    ("efficiency", "measured speed-up / bound", lambda e, x: _number(x.row.get("efficiency"), "{:.0%}")),
+    ("FLOPs", "executed, share of dense", lambda e, x: _number(x.row.get("flops_ratio"), "{:.0%}")),
+    ("memory", "peak MB, weights included", lambda e, x: _number(x.row.get("peak_memory_mb"), "{:.0f}")),
+    ("size", "MB of the checkpoint", lambda e, x: _number(x.row.get("size_mb"), "{:.1f}")),
+)
+
+
+def _shown(experiment: Experiment, among: Iterable[str] | None = None) -> list[tuple[str, str, Any]]:
+    """The columns that hold something."""
+    columns = [column for column in _COLUMNS if among is None or column[0] in among]
+    filled = [c for c in columns if c[0] in ("keep", "quality") or any(c[2](experiment, line) != "–" for line in experiment.lines)]
+    if len({line.row.get("size_mb") for line in experiment.lines}) < 2:
+        filled = [column for column in filled if column[0] != "size"]
+    return filled
+
+
+def _dense_cell(experiment: Experiment, head: str) -> str:
+    row = experiment.dense or {}
+    cells = {
+        "keep": "100 %",
+        "quality": quality(row.get("quality"), experiment.metric),
+        "loss %": "0.0",
+        "FLOPs": "100%",
+        "memory": _number(row.get("peak_memory_mb"), "{:.0f}"),
+        "size": _number(row.get("size_mb") or row.get("size_dense_mb"), "{:.1f}"),
+        "prefill": "1.00×" if row.get("prefill_speedup") is None else _speed(row, "prefill_speedup"),
+        "decode": "1.00×" if row.get("decode_speedup") is None else _speed(row, "decode_speedup"),
+    }
+    return cells.get(head, "–")
+
+
+# --------------------------------------------------------------------------- terminal
+
+
+def terminal(rows: Iterable[Row]) -> RenderableType:
+    """The table for the terminal: dense first, then one line a method and budget, with the verdict in words.
+
+    A narrow terminal gets fewer columns, never a table without names or verdicts.
+    """
+    return _Fitting(experiments(rows))
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    """Tables with as many columns as the terminal has room for."""
+
+    found: list[Experiment]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for experiment in self.found:
+            tables = (_terminal_table(experiment, heads, spread) for heads, spread in _DETAIL)
+            wide = options.update(max_width=10_000)
+            fits = (table for table in tables if console.measure(table, options=wide).minimum + 2 <= options.max_width)
+            yield next(fits, _terminal_table(experiment, *_DETAIL[-1]))
+            yield Text()
+        if any(line.controls for experiment in self.found for line in experiment.lines):
+            yield Text("random, uniform, down-s., oracle: what a control of the same budget loses, in %.", style="dim")
+
+
+_ALL = ("keep", "quality", "loss %", "random", "uniform", "down-s.", "oracle", "prefill", "decode", "bound", "efficiency")
+_SOME = ("keep", "quality", "loss %", "random", "uniform", "prefill", "decode", "efficiency")
+_FEW = ("keep", "loss %", "random", "prefill", "decode")
+_DETAIL = ((_ALL, True), (_ALL, False), (_SOME, False), (_FEW, False), (("keep", "loss %", "prefill"), False))
+
+
+def _terminal_table(experiment: Experiment, heads: Sequence[str], spread: bool) -> Table:
+    columns = _shown(experiment, heads)
+    title = f"{experiment.model} · {experiment.task} · {METRICS.get(experiment.metric, experiment.metric)}, {summary.direction(experiment.metric)}"
+    table = Table(title=Text(title, style="bold"), title_justify="left", header_style="bold", pad_edge=False, box=None)
+    longest = max((len(label) for label in experiment.labels), default=0)
+    table.add_column("method", overflow="fold", min_width=min(longest, 24))
+    for head, _, _ in columns:
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("verdict", overflow="fold", min_width=20)
+    if experiment.dense is not None:
+        texts = [_dense_cell(experiment, head) for head, _, _ in columns]
+        cells = [Text(text if spread else text.partition(" [")[0]) for text in texts]
+        table.add_row(Text("dense", style="bold"), *cells, Text("reference", style="dim"))
+    previous = None
+    for line in experiment.lines:
+        words, tone = line.verdict
+        name = Text(line.label if line.label != previous else "", style="bold")
+        texts = [cell(experiment, line) for _, _, cell in columns]
+        cells = [Text(text if spread else text.partition(" [")[0]) for text in texts]
+        table.add_row(name, *cells, Text(words, style=_TONES[tone]))
+        previous = line.label
+    return table
+
+
+# --------------------------------------------------------------------------- html
+
+
+def slug(text: str) -> str:
+    """A name as a part of a file name.
+
+    >>> slug("fastv:K=2,R=0.5")
+    'fastv-K-2-R-0.5'
+    """
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.") or "unnamed"
+
+
+def write(rows: Sequence[Row], out: Path, pictures: Mapping[str, Figure] | None = None) -> Path:
+    """Writes `report.html` and the pictures, as PNG and SVG, into `out`.
+
+    Pictures of what ran that an earlier call left in `out` are shown again, so a resumed comparison need not draw them twice.
+
+    Args:
+        rows: of one or several comparisons.
+        out: folder, made if it is missing.
+        pictures: figures of what ran: `map-METHOD`, `kept-METHOD`, `budgets-MODEL` (see `pictures`, `slug`).
+
+    Returns:
+        the path of the report.
+    """
+    from sparing.bench import pictures as draw
+
+    rows = list(rows)
+    if not rows:
+        raise Error("rows: there is nothing to report yet")
+    drawn = {"pareto": draw.pareto(rows), "controls": draw.controls(rows), "bounds": draw.bounds(rows)} | dict(pictures or {})
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, figure in drawn.items():
+            if figure is not None:
+                (out / f"{slug(name)}.png").write_bytes(draw.png(figure))
+                (out / f"{slug(name)}.svg").write_text(draw.svg(figure), encoding="utf-8")
+        path = out / FILE
+        path.write_text(html(rows, _gallery(rows, out, drawn)), encoding="utf-8")
+    except OSError as problem:
+        raise Error(f"out: {out} cannot be written to: {problem.strerror or problem}") from problem
+    return path
+
+
+def _gallery(rows: Sequence[Row], out: Path, drawn: Mapping[str, Figure | None]) -> dict[str, str]:
+    """Name -> SVG of the pictures to show: those just drawn, and earlier ones of what ran in these rows."""
+    found = experiments(rows)
+    names = [slug(name) for name, figure in drawn.items() if figure is not None]
+    names += [slug(f"{kind}-{label}") for kind in ("map", "kept") for e in found for label in e.labels]
+    names += [slug(f"budgets-{e.model}") for e in found]
+    files = {name: out / f"{name}.svg" for name in dict.fromkeys(names)}
+    return {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
+
+
+def html(rows: Sequence[Row], gallery: Mapping[str, str]) -> str:
+    """The page. `gallery` holds SVG elements by name; everything else in it is escaped."""
+    from jinja2 import Environment, PackageLoader
+    from markupsafe import Markup
+
+    found = experiments(rows)
+    environment = Environment(loader=PackageLoader("sparing.bench", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    script = _SCRIPT.strip()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    labels = list(dict.fromkeys(label for e in found for label in e.labels))
+    return environment.get_template("report.html.j2").render(
+        title=" · ".join(f"{e.model} on {e.task}" for e in found),
+        date=datetime.now().astimezone().strftime("%-d %B %Y, %H:%M"),
+        opening=summary.opening(found),
+        best=[(axis, AXES.get(axis, axis), e, [b for b in summary.best(e) if b.line.axis == axis]) for e in found for axis in e.axes],
+        findings=[(e.model if len(found) > 1 else "", *pair) for e in found for pair in summary.findings(e)],
+        tables=[_table(e) for e in found],
+        figures={name: Markup(_unique(svg, name)) for name, svg in gallery.items()},
+        maps=[(label, f"map-{slug(label)}") for label in labels if f"map-{slug(label)}" in gallery],
+        kept=[(label, f"kept-{slug(label)}") for label in labels if f"kept-{slug(label)}" in gallery],
+        budgets=[(e.model, f"budgets-{slug(e.model)}") for e in found if f"budgets-{slug(e.model)}" in gallery],
+        facts=_facts(rows),
+        percent=percent,
+        script=Markup(script),
+        digest=digest,
+    )
+
+
+def _unique(svg: str, prefix: str) -> str:
+    """An SVG whose ids cannot meet those of another one on the page."""
+    prefix = re.sub(r"[^A-Za-z0-9]", "-", prefix)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', svg)
+    svg = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}-\1"', svg)
+    return re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", svg)
+
+
+def _table(experiment: Experiment) -> dict[str, Any]:
+    columns = _shown(experiment)
+    lines = []
+    if experiment.dense is not None:
+        lines.append({"name": "dense", "cells": [_dense_cell(experiment, c[0]) for c in columns], "verdict": "reference", "tone": "quiet"})
+    for line in experiment.lines:
+        words, tone = line.verdict
+        lines.append({"name": line.label, "cells": [c[2](experiment, line) for c in columns], "verdict": words, "tone": tone, "note": line.row.get("note")})
+    return {
+        "model": experiment.model,
+        "task": experiment.task,
+        "metric": f"{METRICS.get(experiment.metric, experiment.metric)}, {summary.direction(experiment.metric)}",
+        "heads": [(head, meaning, head in SPOKEN.values() or head == "down-s.") for head, meaning, _ in columns],
+        "lines": lines,
+    }
+
+
+def _facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """What ran where: machine, number types, seeds, versions, time."""
+
+    def every(key: str) -> str:
+        return ", ".join(dict.fromkeys(str(row[key]) for row in rows if row.get(key) is not None))
+
+    versions: dict[str, dict[str, None]] = {}
+    for row in rows:
+        for name, version in (row.get("versions") or {}).items():
+            versions.setdefault(name, {})[str(version)] = None
+    facts = [("Device", every("device")), ("Number type", every("dtype")), ("Seeds", every("seed"))]
+    facts += [(name, ", ".join(found)) for name, found in versions.items()]
+    spent = sum(row.get("seconds") or 0 for row in rows)
+    facts.append(("Time measured", f"{spent / 60:.1f} minutes in {len(rows)} rows"))
+    return [(name, text) for name, text in facts if text]
+
+
+_SCRIPT = """
+for (const head of document.querySelectorAll("th[data-sort]")) head.addEventListener("click", () => {
+  const body = head.closest("table").tBodies[0], at = head.cellIndex, up = head.getAttribute("aria-sort") !== "ascending";
+  const key = row => { const text = row.cells[at].textContent.trim(), number = parseFloat(text); return isNaN(number) ? text : number; };
+  const rank = (a, b) => (typeof a === typeof b ? (a < b ? -1 : a > b ? 1 : 0) : typeof a === "number" ? -1 : 1);
+  const rows = [...body.rows].filter(row => !row.classList.contains("dense")).sort((a, b) => (up ? 1 : -1) * rank(key(a), key(b)));
+  for (const other of head.parentNode.cells) other.removeAttribute("aria-sort");
+  head.setAttribute("aria-sort", up ? "ascending" : "descending");
+  body.append(...rows);
+});
+"""

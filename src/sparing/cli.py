@@ -1,0 +1,546 @@
+"""The command `sparing`.
+
+A mistake of the user ends in one line on standard error and exit code 2, Ctrl-C in exit code 130. Anything else that goes wrong is a
+fault of the library and shows its traceback. torch and transformers are imported by the commands that need them, so that
+`--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from sparing.bench.models import Loaded
+    from sparing.bench.tasks import Task
+    from sparing.grid.method import Method
+
+INTERRUPTED = 130
+
+
+class _Commands(TyperGroup):
+    """Runs a command and turns what the user can mend into one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _complain("Interrupted. Finished rows are kept; the same command with --resume goes on from there.", "yellow")
+            raise typer.Exit(INTERRUPTED) from None
+        except ValueError as problem:
+            # Whoever raised our Error has loaded its module; if nobody has, this is something else.
+            module = sys.modules.get("sparing.grid.method")
+            if module is None or not isinstance(problem, module.Error):
+                raise
+            _complain(str(problem), "bold red")
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Neural networks that spend compute only where it matters, and prove it.",
+)
+lab_app = typer.Typer(no_args_is_help=True, help="Small trained models that come with the library.")
+app.add_typer(lab_app, name="lab")
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="lab:NAME, a checkpoint folder, or a hub id.", show_default=False)]
+MethodText = Annotated[
+    str,
+    typer.Option("--method", "-m", metavar="NAME[:field=value,…]", help="A method, or the folder of a fitted one.", show_default=False),
+]
+Out = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write to.", show_default=False)]
+Device = Annotated[str, typer.Option("--device", metavar="cpu|cuda", help="Where to run.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar="float32|bfloat16|float16", help="Number type of the weights; the checkpoint's own if not given."),
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of all that is drawn.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(show_version: Annotated[bool, typer.Option("--version", help="Print the version and end.", is_eager=True)] = False) -> None:
+    if show_version:
+        typer.echo(f"sparing {version('sparing')}")
+        raise typer.Exit
+
+
+# --------------------------------------------------------------------------- methods
+
+
+@app.command("methods")
+def _methods(
+    axis: Annotated[str | None, typer.Option("--axis", metavar="A", help="Only this axis: tokens, depth, width, …")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list and nothing else.")] = False,
+) -> None:
+    """List the methods and their controls."""
+    import sparing
+
+    found = sparing.methods(axis)
+    if as_json:
+        keys = ("axis", "kind", "phase", "needs", "year", "title", "arxiv", "summary")
+        rows = [{"name": name, **{key: getattr(c.card, key) for key in keys}, "control": c.card.is_control} for name, c in found.items()]
+        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for head, style in (("name", "bold"), ("axis", ""), ("kind", ""), ("phase", ""), ("needs", ""), ("year", "")):
+        table.add_column(head, style=style, no_wrap=True)
+    table.add_column("paper", overflow="fold", min_width=24)
+    table.add_column("arXiv", no_wrap=True)
+    for name, cls in found.items():
+        card = cls.card
+        needs = card.needs + (" (trains too)" if card.trains and card.needs == "nothing" else "")
+        cells = (card.axis, card.kind, card.phase, needs, "–" if card.is_control else str(card.year), card.title, card.arxiv or "–")
+        table.add_row(Text(name), *map(Text, cells), style="dim" if card.is_control else None)
+    _console().print(table)
+    _console().print("Dim: controls, the yardsticks a method has to beat.", style="dim")
+
+
+# --------------------------------------------------------------------------- compare, report, show
+
+
+@app.command("compare")
+def _compare(
+    model: Model,
+    out: Out,
+    task: Annotated[
+        str,
+        typer.Option("--task", "-t", metavar="T", help="ppl, ppl:FILE, find-digit, or vqa:FILE.jsonl.", show_default=False),
+    ],
+    method: Annotated[
+        list[str],
+        typer.Option("--method", "-m", metavar="NAME[:field=value,…]", help="A method, or the folder of a fitted one; repeatable."),
+    ],
+    keep: Annotated[str, typer.Option("--keep", "-k", metavar="0.5,0.25,0.1", help="Budgets: shares that still run.")] = "0.5,0.25,0.1",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that DIR holds.")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    seed: Seed = 0,
+    repeats: Annotated[int | None, typer.Option("--repeats", metavar="N", help="Timed pairs; 0 times nothing.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", metavar="N", help="Units of the task to evaluate.")] = None,
+    no_controls: Annotated[bool, typer.Option("--no-controls", help="Leave random, uniform, oracle and down-sampling out.")] = False,
+) -> None:
+    """Measure methods on a model against dense and against their controls, and write a report."""
+    budgets = _budgets(keep)
+    for text in method:
+        _method(text)
+    _writable(out)
+    _quiet()
+    from sparing.bench import report
+    from sparing.bench.compare import compare
+
+    rows = compare(
+        model,
+        task,
+        method,
+        budgets,
+        out=out,
+        resume=resume,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        repeats=repeats,
+        limit=limit,
+        controls=not no_controls,
+        progress=sys.stderr.isatty(),
+    )
+    with _doing("Drawing what ran"):
+        from sparing.bench import capture
+
+        pictures = _or_none(lambda: capture.draw(rows, out, device), "pictures of what ran")
+    path = report.write(rows, out, pictures)
+    console = _console()
+    console.print(report.terminal(rows))
+    console.print("Report:", style="bold", end=" ")
+    _print_path(path)
+
+
+@app.command("report")
+def _report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR…", help="Folders of sparing compare.", show_default=False)],
+    out: Out,
+) -> None:
+    """Write one report about several runs of `sparing compare`."""
+    from sparing.bench import report
+
+    rows = [row for folder in folders for row in _rows(folder)]
+    _writable(out)
+    earlier = [file for folder in folders for file in sorted(folder.glob("*.svg")) if file.stem.startswith(("map-", "kept-", "budgets-"))]
+    for file in earlier:
+        for suffix in (".svg", ".png"):
+            if file.with_suffix(suffix).is_file() and file.parent.resolve() != out.resolve():
+                (out / file.with_suffix(suffix).name).write_bytes(file.with_suffix(suffix).read_bytes())
+    path = report.write(rows, out)
+    _console().print(report.terminal(rows))
+    _console().print("Report:", style="bold", end=" ")
+    _print_path(path)
+
+
+@app.command("show")
+def _show(
+    model: Model,
+    method: MethodText,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="map.png", help="Picture to write: .png, .svg or .pdf.", show_default=False)],
+    keep: Annotated[float | None, typer.Option("--keep", "-k", metavar="K", help="Budget; the method's own if not given.")] = None,
+    sample: Annotated[int, typer.Option("--sample", metavar="I", help="Sample of the task's first batch.")] = 0,
+    task: Annotated[str | None, typer.Option("--task", "-t", metavar="T", help="Where the sample comes from.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+) -> None:
+    """Draw which cells ran for one sample, and which visual tokens stayed."""
+    budget = None if keep is None else _budgets(str(keep))[0]
+    chosen = _method(method)
+    _picture_name(out)
+    _quiet()
+    from sparing.bench import capture, pictures, tasks
+    from sparing.bench.models import load_model
+    from sparing.bench.summary import percent
+
+    with _doing(f"Loading {model}"):
+        loaded = load_model(model, device, dtype)
+    bound = tasks.parse(task or _usual_task(loaded), loaded)
+    if budget is not None:
+        chosen = chosen.at(budget, loaded.view.shape)
+    with _doing(f"Running {chosen.name}"):
+        seen = capture.footprint(loaded, bound, chosen, sample)
+    name = "one sample" if budget is None else f"keep {percent(budget)}"
+    written = [(out, pictures.compute_map({name: seen}, f"{chosen.name} on {loaded.name}"))]
+    image = pictures.kept({name: seen}) if chosen.card.axis == "tokens" else None
+    if image is not None:
+        written.append((out.with_name(f"{out.stem}-kept{out.suffix}"), image))
+    for path, figure in written:
+        pictures.save(figure, path)
+        _print_path(path)
+
+
+# --------------------------------------------------------------------------- fit, prune
+
+
+@app.command("fit")
+def _fit(
+    model: Model,
+    method: MethodText,
+    out: Out,
+    data: Annotated[
+        str,
+        typer.Option("--data", "-d", metavar="D", help="A text file, find-digit, or a .jsonl of questions.", show_default=False),
+    ],
+    batches: Annotated[int, typer.Option("--batches", metavar="N", min=1, help="Batches to calibrate or train on.")] = 32,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    seed: Seed = 0,
+) -> None:
+    """Calibrate or train a method on a model, and save it for `compare`, `show` and `prune`."""
+    chosen = _method(method)
+    if chosen.card.needs == "nothing" and not chosen.card.trains:
+        raise _error(f"--method {method}: {chosen.name} needs nothing; there is nothing to fit")
+    _data_exists(data)
+    _writable(out)
+    _quiet()
+    from sparing.bench.models import load_model
+
+    with _doing(f"Loading {model}"):
+        loaded = load_model(model, device, dtype)
+    fitted = _fitted(chosen, loaded, data, batches, seed)
+    fitted.save(out)
+    numbers = sum(tensor.numel() for tensor in fitted.state.values())
+    console = _console()
+    console.print(Text(f"{fitted.name}: {numbers:,} fitted numbers. Use it as --method {out}"))
+    _print_path(out)
+
+
+@app.command("prune")
+def _prune(
+    model: Model,
+    method: MethodText,
+    keep: Annotated[float, typer.Option("--keep", "-k", metavar="K", help="Share of the layers' parameters that stays.", show_default=False)],
+    out: Out,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", "-d", metavar="FILE", help="Calibration data, if the method is not fitted yet."),
+    ] = None,
+    batches: Annotated[int, typer.Option("--batches", metavar="N", min=1, help="Batches to calibrate on.")] = 32,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    seed: Seed = 0,
+) -> None:
+    """Really cut a model, and save the smaller checkpoint with its model card."""
+    budget = _budgets(str(keep))[0]
+    chosen = _method(method)
+    if chosen.card.kind != "surgery":
+        raise _error(f"--method {method}: {chosen.name} acts while the model runs and cuts nothing; sparing.attach runs it")
+    if not chosen.ready and data is None:
+        raise _error(f"--data: {chosen.name} needs {chosen.card.needs}; name a text file, find-digit or a .jsonl of questions")
+    if data is not None:
+        _data_exists(data)
+    _writable(out)
+    _quiet()
+    import sparing
+    from sparing.bench import timing
+    from sparing.bench.models import load_model
+
+    with _doing(f"Loading {model}"):
+        loaded = load_model(model, device, dtype)
+    if not chosen.ready:
+        assert data is not None
+        chosen = _fitted(chosen, loaded, data, batches, seed)
+    chosen = chosen.at(budget, loaded.view.shape)
+    with _doing(f"Cutting with {chosen.name}"):
+        small = sparing.prune(loaded.model, chosen)
+    before, after = (sum(weight.numel() for weight in m.parameters()) for m in (loaded.model, small))
+    facts = {
+        "base model": loaded.name,
+        "method": f"{chosen.name} ({chosen.card.title}, {chosen.card.year}" + (f", arXiv {chosen.card.arxiv})" if chosen.card.arxiv else ")"),
+        "budget": f"keep = {budget:g} of the parameters of the layers",
+        "calibration data": data or f"as fitted in {method}",
+        "parameters before": f"{before:,}",
+        "sparing": version("sparing"),
+    }
+    sparing.save_pretrained(small, out, processor=_or_none(lambda: loaded.processor if loaded.sees else loaded.tokenizer), card=facts)
+    sizes = [timing.weight_bytes(m) / 1e6 for m in (loaded.model, small)]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for head in ("", "before", "after", "left"):
+        table.add_column(head, justify="left" if not head else "right")
+    table.add_row("parameters", f"{before:,}", f"{after:,}", f"{after / before:.1%}")
+    table.add_row("weights", f"{sizes[0]:.1f} MB", f"{sizes[1]:.1f} MB", f"{sizes[1] / sizes[0]:.1%}")
+    _console().print(table)
+    _print_path(out)
+
+
+# --------------------------------------------------------------------------- lab
+
+
+@lab_app.command("list")
+def _lab_list() -> None:
+    """List the lab models."""
+    from sparing import lab
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for head in ("model", "weights", "what it is"):
+        table.add_column(head, overflow="fold")
+    for name in lab.names():
+        lines = (import_module(f"sparing.lab.{name}").__doc__ or "").strip().splitlines()
+        table.add_row(Text(f"lab:{name}", style="bold"), Text(_weights(lab, name)), Text(lines[0] if lines else ""))
+    _console().print(table)
+
+
+@lab_app.command("train")
+def _lab_train(
+    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)],
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where checkpoints go; lab-NAME if not given.")] = None,
+    minutes: Annotated[float | None, typer.Option("--minutes", metavar="N", help="Time to train, where the model takes one.")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", metavar="N", help="CPU threads.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start again although there is a checkpoint.")] = False,
+) -> None:
+    """Train a lab model again; a stopped training goes on where it was."""
+    module = _lab(name)
+    folder = out or Path(f"lab-{name}")
+    _writable(folder)
+    _quiet()
+    taken = inspect.signature(module.train).parameters
+    options = {key: value for key, value in (("minutes", minutes), ("threads", threads)) if value is not None}
+    for key in options:
+        if key not in taken:
+            raise _error(f"--{key}: the training of lab:{name} takes no such option")
+    module.train(folder, resume=not fresh, **options)
+    _print_path(folder)
+
+
+@lab_app.command("eval")
+def _lab_eval(
+    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    limit: Annotated[int | None, typer.Option("--limit", metavar="N", help="Scenes or windows to evaluate.")] = None,
+) -> None:
+    """Evaluate a lab model on its held-out data: accuracy for vlm, bits_per_byte for lm."""
+    module = _lab(name)
+    _quiet()
+    with redirect_stdout(sys.stderr), _doing(f"Evaluating lab:{name}"):
+        loaded = module.load()
+        parts = loaded if isinstance(loaded, tuple) else (loaded,)
+        result = module.evaluate(*parts, **({} if limit is None else {"limit": limit}))
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    for key, value in result.items():
+        _console().print(Text(f"{key.replace('_', ' ')}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}"))
+
+
+# --------------------------------------------------------------------------- reading what the user wrote
+
+
+def _budgets(text: str) -> list[float]:
+    """`0.5,0.25` as numbers in (0, 1], falling as written, without repeats."""
+    budgets = []
+    for part in text.split(","):
+        try:
+            share = float(part)
+        except ValueError:
+            share = float("nan")
+        if not 0 < share <= 1:
+            raise _error(f"--keep {part.strip() or text}: must lie in (0, 1]: the share of the work that is kept, e.g. 0.5,0.25,0.1")
+        budgets.append(share)
+    return list(dict.fromkeys(budgets))
+
+
+def _method(text: str) -> Method:
+    import sparing
+
+    folder = Path(text).expanduser()
+    return sparing.load(folder) if folder.is_dir() else sparing.parse(text)
+
+
+def _usual_task(loaded: Loaded) -> str:
+    if not loaded.sees:
+        return "ppl"
+    if loaded.name == "lab:vlm":
+        return "find-digit"
+    raise _error(f"--task: name the pictures to ask {loaded.name} about: --task vqa:FILE.jsonl")
+
+
+def _data_exists(data: str) -> None:
+    if data != "find-digit" and not Path(data).expanduser().is_file():
+        raise _error(f"--data {data}: there is no such file; a text file, a .jsonl of questions or find-digit is needed")
+
+
+def _fitted(method: Method, loaded: Loaded, data: str, batches: int, seed: int) -> Method:
+    import torch
+
+    torch.manual_seed(seed)
+    with _doing(f"Fitting {method.name} on {data}"):
+        return method.fit(loaded.model, _batches(loaded, data, batches))
+
+
+def _batches(loaded: Loaded, data: str, count: int) -> Iterable[Any]:
+    from sparing.bench import tasks
+
+    if data == "find-digit" or data.endswith(".jsonl"):
+        task: Task = tasks.parse(data if data == "find-digit" else f"vqa:{data},calibration={data}", loaded)
+        return task.batches(count)
+    try:
+        text = Path(data).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise _error(f"--data {data}: cannot be read as UTF-8 text: {problem}") from problem
+    return tasks.text_batches(loaded, text, count)
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    file = folder / "results.jsonl"
+    if not file.is_file():
+        raise _error(f"{folder}: no run of sparing compare (results.jsonl is missing)")
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
+        raise _error(f"{file}: damaged: {problem}") from problem
+
+
+def _lab(name: str) -> Any:
+    from sparing import lab
+
+    if name not in lab.names():
+        raise _error(f"NAME {name!r}: no such lab model; there are {', '.join(lab.names())}")
+    return import_module(f"sparing.lab.{name}")
+
+
+def _weights(lab: Any, name: str) -> str:
+    try:
+        files = list(Path(lab.folder(name)).glob("*.safetensors"))
+    except ValueError:
+        files = []
+    return f"{sum(file.stat().st_size for file in files) / 1e6:.1f} MB" if files else "not trained yet"
+
+
+def _picture_name(out: Path) -> None:
+    if out.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise _error(f"--out {out}: a picture's name ends in .png, .svg or .pdf")
+    _writable(out.parent)
+
+
+def _writable(folder: Path) -> None:
+    """Makes the folder and makes sure that files can be put there."""
+    probe = folder / f".sparing-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as problem:
+        raise _error(f"--out {folder}: cannot be written to: {problem.strerror or problem}") from problem
+
+
+def _error(message: str) -> Exception:
+    from sparing.grid.method import Error
+
+    return Error(message)
+
+
+# --------------------------------------------------------------------------- talking to the user
+
+
+def _console() -> Console:
+    """Standard output; wide where it is no terminal, so that a file holds whole tables."""
+    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 180
+    return Console(width=wide, highlight=False)
+
+
+def _print_path(path: Path) -> None:
+    typer.echo(str(path))
+
+
+def _complain(message: str, style: str) -> None:
+    text = " ".join(message.split())
+    Console(stderr=True, highlight=False).print(Text(text, style=style), soft_wrap=True)
+
+
+@contextmanager
+def _doing(what: str) -> Iterator[None]:
+    """A spinner on standard error, for people only."""
+    with Console(stderr=True, highlight=False).status(Text(what + " …")):
+        yield
+
+
+def _or_none(make: Callable[[], Any], what: str = "") -> Any:
+    """What `make` gives; None if that fails, because what is made is an extra. With `what`, the failure is said."""
+    try:
+        return make()
+    except Exception as problem:
+        if what:
+            _complain(f"No {what}: {type(problem).__name__}: {problem}", "yellow")
+        return None
+
+
+def _quiet() -> None:
+    """Silences transformers' progress bars and remarks about defaults."""
+    import transformers
+    from huggingface_hub.utils import disable_progress_bars
+
+    warnings.filterwarnings("ignore", module=r"(transformers|huggingface_hub|torch)(\.|$)")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    disable_progress_bars()
+
+
+def main() -> None:
+    """Entry point of the command `sparing`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

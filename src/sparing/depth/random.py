@@ -1,0 +1,54 @@
+"""Random layers: the control that sends generated tokens through layers drawn by lot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from sparing.engine.stream import Stream, StreamMethod
+from sparing.grid.method import BudgetError, Card, Error, Shape, integer, register
+
+
+@register(
+    "random-depth",
+    Card(
+        "Control: layers by lot",
+        year=2026,
+        axis="depth",
+        kind="stream",
+        phase="decode",
+        summary="generated tokens run R random layers, first and last included",
+        controls=(),
+        is_control=True,
+    ),
+)
+@dataclass(frozen=True)
+class RandomDepth(StreamMethod):
+    """Prompt at full depth; generated tokens through R layers drawn once, the first and the last always among them.
+
+    Args:
+        R: layers kept, >= 2.
+        seed: of the draw.
+    """
+
+    R: int = integer(2, "layers kept", low=2)
+    seed: int = integer(0, "of the draw")
+
+    def at(self, keep: float, shape: Shape) -> Self:
+        R = round(keep * shape.layers)
+        if R < 2:
+            raise BudgetError(f"keep = {keep:g}: random-depth keeps at least 2 of {shape.layers} layers")
+        return self.replace(R=R)
+
+    def layer_set(self, L: int) -> tuple[int, ...]:
+        """Kept layers of L, rising."""
+        if self.R > L:
+            raise Error(f"random-depth: R = {self.R}: the model has {L} layers")
+        draw = torch.randperm(L - 2, generator=torch.Generator().manual_seed(self.seed))[: self.R - 2]
+        return tuple(sorted({0, L - 1, *(int(i) + 1 for i in draw)}))
+
+    def before_layer(self, stream: Stream, layer: int) -> None:
+        if layer not in self.layer_set(stream.layers):
+            stream.bypass(stream.generated, free=True)

@@ -1,0 +1,1 @@
+"""First floor: makes a selection real on a live model."""

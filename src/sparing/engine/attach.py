@@ -1,0 +1,177 @@
+"""`sparing.attach`: put methods on the model the user already holds, and take them off again bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Protocol, Self, cast
+
+from torch import Tensor, nn
+
+from sparing.engine.execute import Executor
+from sparing.engine.overlap import Deferred
+from sparing.engine.stream import StreamMethod
+from sparing.engine.surgery import SurgeryMethod, masked
+from sparing.engine.view import View
+from sparing.grid.method import Error, Method
+from sparing.grid.trace import Counter, Trace
+
+# Runs attached to a model right now, outermost first.
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, list[Run]] = weakref.WeakKeyDictionary()
+
+
+class _Defers(Protocol):
+    def deferred_vision(self, run: Run) -> contextlib.AbstractContextManager[None]: ...
+
+
+class Run:
+    """Methods on a model, from entering the `with` block to leaving it.
+
+    Attributes:
+        model: the model, unchanged but for instance attributes and hooks that leaving removes.
+        methods: what is attached.
+        trace: what ran since the block was entered.
+        prompt: columns of an uncached pass that are the prompt: None (all), a number, long (B,) or bool (B, T). The
+            rest counts as generated, so that one pass equals prefill and cached decoding.
+        visual: bool (B, T) of visual tokens, where they cannot be read off input_ids.
+        oracle: (B, V) or (V,), how much each visual token matters; set by tasks whose world knows.
+        time_decisions: measure the wall time spent deciding (`trace.seconds_deciding`).
+    """
+
+    def __init__(
+        self, model: nn.Module, methods: tuple[Method, ...], prompt: int | Tensor | None = None, trace: bool = False
+    ) -> None:
+        self.model = model
+        self.methods = methods
+        self.prompt = prompt
+        self.visual: Tensor | None = None
+        self.oracle: Tensor | None = None
+        self.time_decisions = False
+        self.deferred: Deferred | None = None
+        self._executor: Executor | None = None
+        self.keeps_trace = True
+        self.keeps_index = trace
+        self.view = View(model)
+        self.trace = Trace(counter=Counter() if trace else None)
+        self._stack: contextlib.ExitStack | None = None
+        self._check()
+
+    def _check(self) -> None:
+        seen: dict[str, Method] = {}
+        for method in self.methods:
+            if not isinstance(method, (StreamMethod, SurgeryMethod)):
+                raise Error(f"method = {method!r}: attach takes methods, e.g. sparing.parse('fastv')")
+            if method.card.visual and self.view.image_token_id is None:
+                raise Error(
+                    f"method = {method.name!r}: it works on visual tokens, and {type(self.model).__name__} has none "
+                    "(no image_token_id in its config)"
+                )
+            if method.card.needs == "calibration" and not method.ready:
+                raise Error(f"method = {method.name!r}: needs calibration first: method = method.fit(model, batches)")
+            other = seen.setdefault(method.card.axis, method)
+            if other is not method:
+                raise Error(
+                    f"methods {other.name!r} and {method.name!r} both act on {method.card.axis}: attach one of them"
+                )
+
+    @property
+    def streams(self) -> list[StreamMethod]:
+        """Methods of kind stream, those of enclosing runs first."""
+        outer = [m for run in _ATTACHED.get(self.model, []) if run is not self for m in run.methods]
+        return [m for m in (*outer, *self.methods) if isinstance(m, StreamMethod)]
+
+    @property
+    def sees_visual(self) -> bool:
+        """Whether visual tokens can be told apart."""
+        return self.view.image_token_id is not None or self.visual is not None
+
+    def __enter__(self) -> Self:
+        runs = _ATTACHED.setdefault(self.model, [])
+        if self._stack is not None:
+            raise Error("run: this run is attached already; leave it before entering it again")
+        for around in runs:
+            for a in around.methods:
+                for b in self.methods:
+                    if a.card.axis == b.card.axis:
+                        raise Error(
+                            f"method = {b.name!r}: {a.name!r} is attached to this model already, and both act on "
+                            f"{a.card.axis}"
+                        )
+        self.trace.reset()
+        with contextlib.ExitStack() as stack:
+            runs.append(self)
+            stack.callback(runs.remove, self)
+            for method in self.methods:
+                if isinstance(method, SurgeryMethod):
+                    stack.enter_context(masked(self.model, method.plan(self.model)))
+                tuned = {k.removeprefix("weight."): v for k, v in method.state.items() if k.startswith("weight.")}
+                if tuned:
+                    stack.enter_context(_tuned(self.model, method, tuned))
+            outer = runs[-2]._executor if len(runs) > 1 else None
+            if outer is not None:  # the inner run takes the hooks over, and gives them back
+                outer.remove()
+                stack.callback(outer.install)
+            self._executor = Executor(self.view, self)
+            stack.callback(self._executor.remove)
+            self._executor.install()
+            for method in self.streams:
+                if hasattr(method, "deferred_vision"):
+                    stack.enter_context(cast(_Defers, method).deferred_vision(self))
+            if self.trace.counter is not None:
+                stack.enter_context(self.trace.counter)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        stack, self._stack = self._stack, None
+        if stack is not None:
+            stack.__exit__(kind, error, trace)
+
+
+@contextlib.contextmanager
+def _tuned(model: nn.Module, method: Method, weights: dict[str, Tensor]) -> Iterator[None]:
+    """The model with the weights a method was trained to, by reference; the old tensors come back afterwards."""
+    own = dict(model.named_parameters())
+    wrong = [k for k, v in weights.items() if k not in own or own[k].shape != v.shape]
+    if wrong:
+        raise Error(f"method = {method.name!r}: was trained on another model ({wrong[0]} does not fit this one)")
+    old = {k: own[k].data for k in weights}
+    try:
+        for k, v in weights.items():
+            own[k].data = v.to(old[k])
+        yield
+    finally:
+        for k, v in old.items():
+            own[k].data = v
+
+
+def attach(model: nn.Module, *methods: Method, prompt: int | Tensor | None = None, trace: bool = False) -> Run:
+    """Methods on a live model for the time of a `with` block; through forward, generate and everything built on them.
+
+    No weights are copied, no modelling code replaced, the attention implementation stays. Leaving the block restores
+    the model bit for bit, also after an exception or Ctrl-C. Runs may be nested on different axes.
+
+    Args:
+        model: any transformers decoder, vision-language or MoE model.
+        methods: at most one an axis.
+        prompt: see `Run.prompt`.
+        trace: also count FLOPs and bytes (slow; not for timing).
+
+    Raises:
+        Error: two methods on one axis (names both), a method the model has nothing for or that needs calibration.
+
+    >>> import sparing, torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> tiny = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=4,
+    ...                    num_attention_heads=4, num_key_value_heads=2)
+    >>> model = LlamaForCausalLM(tiny).eval()
+    >>> with sparing.attach(model, sparing.parse("unified-layer-skipping:S=2")) as run:
+    ...     out = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    >>> run.trace.share("depth", phase="decode")
+    0.5
+    """
+    return Run(model, methods, prompt, trace)

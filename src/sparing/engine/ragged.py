@@ -1,0 +1,153 @@
+"""A KV cache whose layers hold different tokens, while the model goes on seeing one logical length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from sparing.grid.method import Error
+
+
+class RaggedLayer(DynamicLayer):
+    """The cache of one layer that holds K/V of some columns only.
+
+    The length reported to the model is the logical one (all tokens seen), so position ids, 2D masks and the masks of
+    other layers stay right; `columns` says which tokens are really there.
+
+    Attributes:
+        columns: (B, K) absolute column of each entry, rising; a pad entry repeats a column and is not visible.
+        visible: (B, K) bool, None if every entry may be attended to.
+        seen: tokens the model has seen, T.
+        sliding_window: of this layer, None for full attention.
+        shift: (B,) how much smaller position ids are here after compact renumbering, None by default.
+    """
+
+    def __init__(self, origin: Any, seen: int, batch: int, device: torch.device, pad_BT: Tensor | None) -> None:
+        super().__init__()
+        self.seen = seen
+        self.sliding_window: int | None = getattr(origin, "sliding_window", None)
+        self.is_sliding = bool(getattr(origin, "is_sliding", False))
+        self.shift: Tensor | None = None
+        held = origin.keys.shape[-2] if getattr(origin, "is_initialized", False) else 0
+        if held:
+            self.dtype, self.device = origin.keys.dtype, origin.keys.device
+            self.keys, self.values = origin.keys, origin.values
+            self.is_initialized = True
+        self.columns = torch.arange(seen - held, seen, device=device).expand(batch, held)
+        self.visible = None if pad_BT is None or not held else pad_BT[:, seen - held : seen].bool()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = key_states[..., :0, :]
+        self.values = value_states[..., :0, :]
+        self.is_initialized = True
+
+    def extend(self, columns_BR: Tensor, visible_BR: Tensor | None, seen: int) -> None:
+        """Announce the columns that the coming `update` brings."""
+        if visible_BR is not None or self.visible is not None:
+            old = torch.ones_like(self.columns, dtype=torch.bool) if self.visible is None else self.visible
+            new = torch.ones_like(columns_BR, dtype=torch.bool) if visible_BR is None else visible_BR
+            self.visible = torch.cat([old, new], 1)
+        self.columns = torch.cat([self.columns, columns_BR], 1)
+        self.seen = seen
+
+    def free(self) -> None:
+        """Give the memory back; the layer is not read any more."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.columns = self.columns[:, :0]
+        self.visible = None
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        # The mask the model builds serves the untouched layers of the same kind; ours is built in `mask`.
+        if self.sliding_window is not None and self.is_sliding:
+            offset = max(self.seen - self.sliding_window + 1, 0)
+            return self.seen - offset + query_length, offset
+        return self.seen + query_length, 0
+
+    def mask(self, query_BR: Tensor) -> Tensor | None:
+        """Bool (B, 1, R, K) for queries at absolute columns query_BR; None if every query sees every entry."""
+        rows = query_BR.shape[1]
+        window = self.sliding_window if self.is_sliding else None
+        beyond = window is not None and self.seen > window
+        if rows == 1 and self.visible is None and not beyond:
+            return None
+        seen_BRK = self.columns[:, None, :] <= query_BR[:, :, None]
+        if beyond and window is not None:
+            seen_BRK = seen_BRK & (self.columns[:, None, :] > query_BR[:, :, None] - window)
+        if self.visible is not None:
+            seen_BRK = seen_BRK & self.visible[:, None, :]
+        return seen_BRK[:, None]
+
+    def _apply_kv(self, change: Any) -> None:
+        if self.is_initialized:
+            self.keys, self.values = change(self.keys), change(self.values)
+
+    def _apply(self, change: Any) -> None:
+        self._apply_kv(change)
+        self.columns = change(self.columns)
+        self.visible = None if self.visible is None else change(self.visible)
+        self.shift = None if self.shift is None else change(self.shift)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._apply(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._apply(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._apply(lambda t: t[indices, ...])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.seen -= abs(tokens_to_remove)
+        held = int((self.columns[0] < self.seen).sum())
+        self.columns = self.columns[:, :held]
+        self.visible = None if self.visible is None else self.visible[:, :held]
+        if self.is_initialized:
+            self._apply_kv(lambda t: t[..., :held, :])
+
+    def reset(self) -> None:
+        self.free()
+        self.seen = 0
+        self.shift = None
+
+
+def ragged(cache: Cache, layer: int, batch: int, device: torch.device, pad_BT: Tensor | None) -> RaggedLayer:
+    """Layer `layer` of a dynamic cache as a RaggedLayer, converted in place at first use."""
+    grow: Any = getattr(cache, "layer_class_to_replicate", None)
+    while len(cache.layers) <= layer and grow is not None:
+        cache.layers.append(grow())
+    entry: Any = cache.layers[layer]
+    if isinstance(entry, RaggedLayer):
+        return entry
+    if type(entry) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        raise Error(
+            f"past_key_values: {type(entry).__name__} has a fixed layout; a stream whose layers hold different tokens "
+            "needs a DynamicCache (the default of generate)"
+        )
+    new = RaggedLayer(entry, int(entry.get_seq_length()), batch, device, pad_BT)
+    cache.layers[layer] = new
+    return new
+
+
+class Tap:
+    """Stands in for the cache during one layer to see the keys that the layer computes anyway."""
+
+    def __init__(self, cache: Cache | None) -> None:
+        self._cache = cache
+        self.keys: Tensor | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self._cache is not None:
+            key_states, value_states = self._cache.update(key_states, value_states, *args, **kwargs)
+        self.keys = key_states
+        return key_states, value_states
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)

@@ -1,0 +1,64 @@
+"""Acts out a schedule of visual tokens over layers: wait, thin, leave. What token methods and their controls share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sparing.engine.stream import Stream
+from sparing.grid.budget import kept
+from sparing.grid.method import Error
+
+
+def full(schedule: tuple[float, ...], layers: int) -> tuple[float, ...]:
+    """A schedule of one entry holds for every layer; any other must have one entry a layer."""
+    if len(schedule) == 1:
+        return schedule * layers
+    if len(schedule) != layers:
+        raise Error(f"schedule: {len(schedule)} entries for a model of {layers} layers")
+    return schedule
+
+
+def counts(schedule: tuple[float, ...], layer: int, total_B: Tensor) -> Tensor:
+    """Visual tokens that run `layer` (B,): share x total, rounded half up, at least 1 where share > 0."""
+    return torch.tensor([kept(schedule[layer], int(n)) for n in total_B.tolist()], device=total_B.device)
+
+
+def follow(stream: Stream, layer: int, schedule: tuple[float, ...], choose: Callable[[Stream, Tensor], Tensor]) -> None:
+    """Before `layer` bring the visual tokens to their scheduled share.
+
+    A leading run of zeros means late injection: the tokens wait outside the layers and come back unchanged. Where the
+    share falls, `choose` says which stay; where it falls to zero, all leave.
+
+    Args:
+        schedule: share of visual tokens a layer, length L; only the leading zeros may be followed by a rise.
+        choose: (stream, count_B) -> bool (B, V) over alive visual tokens, exactly count_B True a row.
+    """
+    share = schedule[layer]
+    if layer == 0 and share == 0 and any(schedule):
+        stream.hold(stream.visual)
+    elif share > 0 and stream.holding:
+        stream.release()
+    if share == 0:
+        if not stream.holding and (layer == 0 or schedule[layer - 1] > 0):
+            stream.drop_visual()
+    elif share < (schedule[layer - 1] if layer and any(schedule[:layer]) else 1.0):
+        stream.keep_visual(choose(stream, counts(schedule, layer, stream.visual_total)))
+
+
+@functools.lru_cache(maxsize=64)
+def _drawn(seed: int, layer: int, width: int) -> Tensor:
+    return torch.rand(width, generator=torch.Generator().manual_seed(seed * 1009 + layer))
+
+
+def random_score(stream: Stream, seed: int) -> Tensor:
+    """(B, V) scores that depend on the seed, the layer and each token's original column alone.
+
+    So a sample draws the same in any batch, alone, or with any other tokens beside it.
+    """
+    start = stream.first_visual()
+    place = (stream.index - start[:, None]).clamp(min=0)
+    return stream.of_visual(_drawn(seed, stream.layer, stream.width).to(place.device)[place])

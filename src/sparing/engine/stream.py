@@ -1,0 +1,466 @@
+"""Token x layer: the tokens that are alive in a running forward pass, and what a method may do with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparing.engine.view import View
+from sparing.grid.method import Error, Method, Shape
+from sparing.grid.score import attention_rows
+
+if TYPE_CHECKING:
+    from sparing.engine.execute import Pass
+
+# Shape letters: B batch, T columns of the pass, N alive rows, V visual alive rows, Q query rows, D hidden, L layers.
+
+
+@dataclass(frozen=True)
+class StreamMethod(Method):
+    """A method that looks at the alive tokens before each layer and says which of them go on.
+
+    The engine calls `before_layer` on every pass of the method's phase, in layer order.
+    """
+
+    def before_layer(self, stream: Stream, layer: int) -> None:
+        """Drop, hold, release, merge, bypass or exit tokens of `stream` before layer `layer` (0-based) runs."""
+        raise Error(f"{type(self).__name__} defines no before_layer")
+
+    def shares(self, shape: Shape) -> tuple[float, ...]:
+        """Share of visual tokens that runs each layer, length L (token methods)."""
+        raise Error(f"{self.name} has no token schedule")
+
+    def mirrored(self, shape: Shape) -> dict[str, Any]:
+        return {"schedule": self.shares(shape)}
+
+
+def pack(keep_BN: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Slots of the True entries of each row, rising, padded with slot 0 where rows differ in number.
+
+    Returns:
+        slot_BM: long, M the largest count.
+        valid_BM: bool, None if all rows have M.
+    """
+    count_B = keep_BN.sum(1)
+    low, high = (int(x) for x in torch.aminmax(count_B))
+    if low == high:
+        return keep_BN.nonzero()[:, 1].view(keep_BN.shape[0], high), None
+    slot_BM = torch.argsort((~keep_BN).byte(), dim=1, stable=True)[:, :high]
+    valid_BM = torch.arange(high, device=keep_BN.device) < count_B[:, None]
+    return slot_BM.masked_fill(~valid_BM, 0), valid_BM
+
+
+def take(x_BN: Tensor, slot_BM: Tensor) -> Tensor:
+    """Rows slot_BM of x along dimension 1, for x of shape (B, N, …) or (1, N, …)."""
+    if x_BN.shape[0] == 1:
+        return x_BN[0][slot_BM]
+    return x_BN[torch.arange(x_BN.shape[0], device=x_BN.device)[:, None], slot_BM]
+
+
+class Stream:
+    """The alive tokens of one pass, as methods see them.
+
+    Attributes:
+        hidden: (B, N, D) input of the coming layer, alive rows in original order. May be assigned (same shape).
+        index: (B, N) original column of each row.
+        valid: (B, N) bool; False rows only fill up a batch of unequal counts. None if there are none.
+        layers: L.
+        layer: the coming layer.
+        phase: "prefill" (no past) or "decode".
+    """
+
+    def __init__(self, work: Pass, view: View, hidden_BTD: Tensor) -> None:
+        self._work = work
+        self._view = view
+        self.hidden = hidden_BTD
+        self.batch, self.width = hidden_BTD.shape[:2]
+        self.layers = len(view)
+        self.layer = 0
+        self.phase = work.phase
+        self.valid: Tensor | None = None
+        self._index: Tensor | None = None  # None: nothing has left yet
+        self._out: Tensor | None = None  # (B, T+1, D) last hidden of tokens that left; column T takes the padding
+        self._owner: Tensor | None = None  # (B, T) column whose result a merged token copies
+        self._held: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._kept: dict[str, Any] = {}  # per-selection memo: visual mask, position embeddings
+        self._compact = False
+        self.bypassed: Tensor | bool = False
+        self.bypassed_attention: Tensor | bool = False
+        self.bypassed_mlp: Tensor | bool = False
+        self.frees_cache = False
+        self._watch: tuple[Tensor, Tensor | None, Tensor | None] | None = None  # query, validity, visibility
+        self._watched: tuple[tuple[Tensor, Tensor | None, Tensor | None], Tensor] | None = None  # … and keys
+
+    # ---- who is here
+
+    @property
+    def index(self) -> Tensor:
+        if self._index is None:
+            return torch.arange(self.width, device=self.hidden.device).expand(self.batch, -1)
+        return self._index
+
+    @property
+    def whole(self) -> bool:
+        """Nothing has left: the rows are the columns of the pass."""
+        return self._index is None
+
+    def _memo(self, key: str, make: Any) -> Any:
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def _pick(self, mask_BT: Tensor) -> Tensor:
+        mask = mask_BT if self.whole else take(mask_BT, self.index)
+        return mask if self.valid is None else mask & self.valid
+
+    @property
+    def visual(self) -> Tensor:
+        """(B, N) bool: visual tokens of the prompt among the alive rows."""
+        return self._memo("visual", lambda: self._pick(self._work.visual_BT))
+
+    @property
+    def visual_total(self) -> Tensor:
+        """(B,) visual tokens of each sample at the start of the pass."""
+        return self._work.visual_BT.sum(1)
+
+    def first_visual(self) -> Tensor:
+        """(B,) column of the first visual token of each sample, 0 without any."""
+        return self._work.visual_BT.int().argmax(1)
+
+    @property
+    def generated(self) -> Tensor | bool:
+        """Rows that are generated, not prompt: False (none), True (all, as in cached decoding) or bool (B, N)."""
+        generated = self._work.generated_BT
+        return generated if isinstance(generated, bool) else self._pick(generated)
+
+    @property
+    def queries(self) -> Tensor:
+        """(B, N) bool: the rows whose attention ranks visual tokens.
+
+        The last prompt token of each sample; in training (labels given) every token just before an answer span.
+        """
+        return self._memo("queries", lambda: self._pick(self._work.queries_BT))
+
+    @property
+    def oracle(self) -> Tensor:
+        """(B, V) float: how much the task's world says each alive visual token matters."""
+        truth = self._work.run.oracle
+        if truth is None:
+            raise Error("oracle: the task set no run.oracle; only a world that knows the truth has this control")
+        full = torch.zeros(self.batch, self.width, device=self.hidden.device)
+        slot, valid = pack(self._work.visual_BT)
+        values = truth.to(full).expand(self.batch, -1)
+        if values.shape[1] != slot.shape[1]:
+            raise Error(f"oracle: {values.shape[1]} entries for {slot.shape[1]} visual tokens")
+        full.scatter_add_(1, slot, values if valid is None else values * valid)
+        return self.of_visual(self._pick_float(full))
+
+    def _pick_float(self, x_BT: Tensor) -> Tensor:
+        return x_BT if self.whole else take(x_BT, self.index)
+
+    def visual_slots(self) -> tuple[Tensor, Tensor | None]:
+        """Slots of the alive visual rows, (B, V), and which of them are real, (B, V) or None for all."""
+        return self._memo("visual_slots", lambda: pack(self.visual))
+
+    def of_visual(self, x_BN: Tensor) -> Tensor:
+        """Entries of the alive visual rows, (B, V); -inf where a sample has fewer."""
+        slot, valid = self.visual_slots()
+        picked = take(x_BN, slot)
+        return picked if valid is None else picked.masked_fill(~valid, -torch.inf)
+
+    def visual_rows(self) -> tuple[Tensor, Tensor | None]:
+        """Hidden states of alive visual rows (B, V, D) and their validity (B, V) or None."""
+        slot, valid = self.visual_slots()
+        return take(self.hidden, slot), valid
+
+    # ---- scores
+
+    def _rows(self, queries: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self._memo("query_slots", lambda: pack(self.queries)) if queries is None else pack(queries)
+
+    def _visible(self, slot_BQ: Tensor, valid_BQ: Tensor | None) -> Tensor | None:
+        """Keys each query row may see, (B, Q, N): causal, unpadded, inside the layer's window; None for all."""
+        window = self._view.layers[self.layer].sliding
+        index, pad = self.index, self._work.pad_BT
+        at = take(index, slot_BQ)
+        if (
+            pad is None
+            and self.valid is None
+            and valid_BQ is None
+            and window is None
+            and slot_BQ.shape[1] == 1
+            and self._work.last_column
+        ):
+            return None
+        seen = index[:, None, :] <= at[:, :, None]
+        if window is not None:
+            seen = seen & (index[:, None, :] > at[:, :, None] - window)
+        if pad is not None:
+            seen = seen & self._pick(pad)[:, None, :]
+        if self.valid is not None:
+            seen = seen & self.valid[:, None, :]
+        return seen if valid_BQ is None else seen & valid_BQ[:, :, None]
+
+    def _mean(self, rows_BHQN: Tensor, valid_BQ: Tensor | None) -> Tensor:
+        per_query = rows_BHQN.mean(1)
+        if valid_BQ is None:
+            return per_query.mean(1)
+        return per_query.sum(1) / valid_BQ.sum(1, keepdim=True).clamp(min=1)
+
+    def attention_rows(self, queries: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Rows of the coming layer's attention over all alive rows, (B, H, Q, N) float32, and their validity (B, Q).
+
+        Args:
+            queries: bool (B, N) of the asking rows; default `self.queries`.
+        """
+        slot, valid = self._rows(queries)
+        layer = self._view.layers[self.layer]
+        hidden = self.hidden.detach()
+        rope = self.rope()
+        query = layer.queries(take(hidden, slot), self._rope_of(rope, slot))
+        keys = layer.keys(hidden, rope)
+        return attention_rows(query, keys, layer.scale, self._visible(slot, valid), layer.softcap), valid
+
+    def received(self, queries: Tensor | None = None) -> Tensor:
+        """Attention that alive visual tokens would get in the coming layer, (B, V) float32, -inf for padding.
+
+        Applies the layer's own norm, q/k projections and position embedding to the (detached) hidden states: one key
+        projection of the alive rows and one query row a sample; softmax over the full row, mean over heads and queries.
+
+        Args:
+            queries: bool (B, N) of the asking rows; default `self.queries`.
+        """
+        return self.of_visual(self._mean(*self.attention_rows(queries)))
+
+    def watch(self, queries: Tensor | None = None) -> None:
+        """Remember the coming layer's attention from `queries`; `watched` returns it from the next layer on.
+
+        Uses the keys that the layer computes anyway, so it costs a query row and one row of attention.
+        """
+        slot, valid = self._rows(queries)
+        query = self._view.layers[self.layer].queries(take(self.hidden, slot), self._rope_of(self.rope(), slot))
+        self._watch = (query, valid, self._visible(slot, valid))
+        self._watched = None
+
+    def watched(self) -> Tensor:
+        """Attention received by alive visual tokens in the watched layer, (B, V) float32, -inf for padding.
+
+        Raises:
+            Error: no layer was watched just before, or tokens came or left since.
+        """
+        if self._watched is None:
+            raise Error("watched: the layer before this one was not watched, or tokens came or left since")
+        (query, valid, visible), keys = self._watched
+        layer = self._view.layers[self.layer - 1]
+        return self.of_visual(self._mean(attention_rows(query, keys, layer.scale, visible, layer.softcap), valid))
+
+    # ---- positions
+
+    def _rope_full(self) -> tuple[Tensor, Tensor] | None:
+        return self._work.kwargs.get("position_embeddings")
+
+    def rope(self) -> tuple[Tensor, Tensor] | None:
+        """(cos, sin) of the alive rows in the coming layer: their original positions unless `compact` was asked."""
+        full = self._rope_full()
+        if full is None or (self.whole and not self._compact):
+            return full
+        key = f"rope{id(full[0])}"
+        if self._compact:
+            return self._memo(key, lambda: self._work.rotate(self.hidden, self.compact_ids()))
+        return self._memo(key, lambda: tuple(take(x, self.index) for x in full))
+
+    def _rope_of(self, rope: tuple[Tensor, Tensor] | None, slot_BQ: Tensor) -> tuple[Tensor, Tensor] | None:
+        return None if rope is None else (take(rope[0], slot_BQ), take(rope[1], slot_BQ))
+
+    def compact_ids(self) -> Tensor:
+        """(B, N) position ids renumbered without gaps over unpadded alive rows."""
+        here = torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
+        if self._work.pad_BT is not None:
+            here = here & self._pick(self._work.pad_BT)
+        return (here.cumsum(1) - 1).clamp(min=0)
+
+    def compact(self) -> None:
+        """From the coming layer on number the alive tokens without gaps (default: original positions stay).
+
+        Raises:
+            Error: the model's positions are not one-dimensional, or it has no rotary module to renumber with.
+        """
+        self._work.check_rotary()
+        self._compact = True
+        self._kept = {k: v for k, v in self._kept.items() if not k.startswith("rope")}
+
+    # ---- acts
+
+    def _scattered(self, out: Tensor | None) -> Tensor:
+        if out is None:
+            out = self.hidden.new_zeros(self.batch, self.width + 1, self.hidden.shape[-1])
+        at = self.index if self.valid is None else self.index.masked_fill(~self.valid, self.width)
+        return out.scatter(1, at[..., None].expand_as(self.hidden), self.hidden)
+
+    def result(self) -> Tensor:
+        """Hidden states in the input's shape (B, T, D): who left keeps the state it left with."""
+        if self.whole:
+            return self.hidden
+        out = self._scattered(self._out)
+        if self._held is not None:  # never released: they leave with the state they were held in
+            index, hidden, valid = self._held
+            at = index if valid is None else index.masked_fill(~valid, self.width)
+            out = out.scatter(1, at[..., None].expand_as(hidden), hidden)
+        out = out[:, : self.width]
+        return out if self._owner is None else take(out, self._owner)
+
+    def _subset(self, slot_BM: Tensor, valid_BM: Tensor | None) -> None:
+        valid = valid_BM
+        if self.valid is not None:
+            valid = take(self.valid, slot_BM) if valid is None else valid & take(self.valid, slot_BM)
+        self._index, self.hidden, self.valid = take(self.index, slot_BM), take(self.hidden, slot_BM), valid
+        self._kept = {}
+        self._watched = None
+
+    def _alive(self, mask_BN: Tensor) -> Tensor:
+        if mask_BN.shape != self.hidden.shape[:2]:
+            raise Error(f"mask of shape {tuple(mask_BN.shape)}: must be (B, N) = {tuple(self.hidden.shape[:2])}")
+        return mask_BN if self.valid is None else mask_BN & self.valid
+
+    def keep(self, mask_BN: Tensor) -> None:
+        """Go on with these rows only; the others leave for good with the state they have."""
+        keep = self._alive(mask_BN)
+        if bool(keep.all()):
+            return
+        self._out = self._scattered(self._out)
+        self._subset(*pack(keep))
+
+    def drop(self, mask_BN: Tensor) -> None:
+        """These rows leave for good."""
+        self.keep(~mask_BN)
+
+    def exit(self, mask_BN: Tensor) -> None:
+        """These rows are finished: their present state is their output. Without any row left, layers cost nothing."""
+        self.keep(~mask_BN)
+
+    def keep_visual(self, keep_BV: Tensor) -> None:
+        """Of the visual rows go on with these (in the order of `received`); all other rows stay."""
+        slot, valid = self.visual_slots()
+        chosen = keep_BV if valid is None else keep_BV & valid
+        mask = ~self.visual
+        self.keep(mask.scatter(1, slot, chosen | take(mask, slot)))
+
+    def drop_visual(self) -> None:
+        """All visual rows leave."""
+        self.keep(~self.visual)
+
+    def hold(self, mask_BN: Tensor) -> None:
+        """These rows wait unchanged, outside all layers, until `release`."""
+        if self._held is not None:
+            raise Error("hold: tokens are held already; release them first")
+        held = self._alive(mask_BN)
+        if not bool(held.any()):
+            return
+        slot, valid = pack(held)
+        self._held = (take(self.index, slot), take(self.hidden, slot), valid)
+        if self._out is None:
+            self._out = self.hidden.new_zeros(self.batch, self.width + 1, self.hidden.shape[-1])
+        rest = ~held if self.valid is None else ~held & self.valid
+        self._subset(*pack(rest))
+
+    @property
+    def holding(self) -> bool:
+        """Whether tokens are held now."""
+        return self._held is not None
+
+    def release(self) -> None:
+        """The held rows come back at their original places, unchanged."""
+        if self._held is None:
+            return
+        index, hidden, valid = self._held
+        self._held = None
+        deferred = self._work.run.deferred
+        if deferred is not None:  # the features were still being computed when these rows were put aside
+            hidden = self._arrived(deferred.wait(), hidden, valid)
+        full = torch.cat([self.index, index], 1)
+        here = None
+        if valid is not None or self.valid is not None:
+            parts = [(self.valid, self.index), (valid, index)]
+            here = torch.cat([torch.ones_like(i, dtype=torch.bool) if v is None else v for v, i in parts], 1)
+        order = torch.argsort(full if here is None else full.masked_fill(~here, self.width), dim=1)
+        joined = torch.cat([self.hidden, hidden], 1)
+        self.hidden, self._index = take(joined, order), take(full, order)
+        self.valid = None if here is None else take(here, order)
+        self._kept, self._watched = {}, None
+        if self.hidden.shape[1] == self.width and self.valid is None:
+            self._index = None
+
+    @staticmethod
+    def _arrived(features: Tensor, hidden: Tensor, valid: Tensor | None) -> Tensor:
+        features = features.to(hidden.dtype)
+        if valid is None:
+            return features.view_as(hidden)
+        return hidden.index_put(valid.nonzero(as_tuple=True), features)
+
+    def scale_visual(self, factor_BV: Tensor) -> None:
+        """Multiply the hidden states of alive visual rows by a factor (in the order of `received`)."""
+        slot, valid = self.visual_slots()
+        factor = factor_BV if valid is None else torch.where(valid, factor_BV, torch.ones_like(factor_BV))
+        ones = torch.ones(self.hidden.shape[:2], dtype=factor.dtype, device=factor.device)
+        rows = torch.arange(self.batch, device=slot.device)[:, None].expand_as(slot)
+        if valid is None:
+            ones = ones.index_put((rows, slot), factor)
+        else:
+            ones = ones.index_put((rows[valid], slot[valid]), factor[valid])
+        self.hidden = self.hidden * ones[..., None].to(self.hidden.dtype)
+
+    def merge(self, owner_BN: Tensor, weight_BN: Tensor | None = None) -> None:
+        """Merge rows: each row's state is averaged into row owner_BN, which survives; a row owning itself survives.
+
+        Args:
+            owner_BN: slot of the surviving row.
+            weight_BN: of each row in the average, default 1. At the end a merged token copies its owner's result.
+        """
+        N = self.hidden.shape[1]
+        weight = torch.ones_like(owner_BN, dtype=self.hidden.dtype) if weight_BN is None else weight_BN
+        if self.valid is not None:
+            weight = weight * self.valid
+        total = torch.zeros_like(weight).scatter_add(1, owner_BN, weight).clamp(min=1e-12)
+        rows = owner_BN[..., None].expand_as(self.hidden)
+        summed = torch.zeros_like(self.hidden).scatter_add(1, rows, self.hidden * weight[..., None])
+        survive = self._alive(owner_BN == torch.arange(N, device=owner_BN.device))
+        merged = torch.where(survive[..., None], summed / total[..., None], self.hidden)
+        columns = torch.arange(self.width, device=owner_BN.device).expand(self.batch, -1)
+        owner = columns.clone() if self._owner is None else self._owner
+        into = take(self.index, owner_BN)
+        now = torch.cat([columns, columns[:, :1]], 1).clone()
+        at = self.index if self.valid is None else self.index.masked_fill(~self.valid, self.width)
+        now = now.scatter(1, at, into)[:, : self.width]
+        self._owner = take(now, owner)
+        self.hidden = merged
+        self.keep(survive)
+
+    def bypass(self, mask_BN: Tensor | bool = True, *, free: bool = False) -> None:
+        """These rows pass the coming layer unchanged and leave no keys there; True is all of them.
+
+        Args:
+            free: the layer's cache will not be read again: give its memory back once no row runs it.
+        """
+        self.bypassed = _either(self.bypassed, mask_BN)
+        self.frees_cache = self.frees_cache or free
+
+    def bypass_attention(self, mask_BN: Tensor | bool = True) -> None:
+        """These rows skip the coming layer's attention (and leave no keys there) but run its MLP."""
+        self.bypassed_attention = _either(self.bypassed_attention, mask_BN)
+        self._work.patch_sublayers(self.layer)
+
+    def bypass_mlp(self, mask_BN: Tensor | bool = True) -> None:
+        """These rows skip the coming layer's MLP but run its attention."""
+        self.bypassed_mlp = _either(self.bypassed_mlp, mask_BN)
+        self._work.patch_sublayers(self.layer)
+
+
+def _either(a: Tensor | bool, b: Tensor | bool) -> Tensor | bool:
+    if isinstance(a, bool):
+        return True if a else b
+    if isinstance(b, bool):
+        return True if b else a
+    return a | b

@@ -1,0 +1,240 @@
+"""One view of any transformers decoder, vision-language or MoE model, found by structure and not by class name."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparing.grid.method import Error, Shape
+
+_ATTENTION_NORMS = ("input_layernorm", "self_attn_layer_norm", "ln_1", "attention_norm", "norm1")
+
+
+def _child(module: nn.Module, *names: str) -> nn.Module | None:
+    for name in names:
+        found = getattr(module, name, None)
+        if isinstance(found, nn.Module):
+            return found
+    return None
+
+
+@dataclass
+class LayerView:
+    """One decoder layer: its sub-modules under one set of names.
+
+    Attributes:
+        module: the layer.
+        attention, mlp: its sub-layers; None where it has none (a cut layer).
+        heads, groups, head_dim: query heads, key/value heads, channels a head, read off the weights.
+        neurons: MLP width, 0 if the MLP is not a plain one (experts).
+        sliding: window in tokens, None for full attention.
+    """
+
+    index: int
+    module: nn.Module
+    attention: nn.Module | None
+    mlp: nn.Module | None
+    head_dim: int
+    sliding: int | None
+
+    # ---- projections; fused ones keep q|k|v (gate|up) in that order
+
+    @property
+    def fused_qkv(self) -> nn.Linear | None:
+        return _child(self.attention, "qkv_proj") if self.attention is not None else None  # type: ignore[return-value]
+
+    def projection(self, name: str) -> nn.Linear:
+        """q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj or down_proj of this layer, as it stands separate."""
+        parent = self.attention if name[0] in "qkvo" else self.mlp
+        found = _child(parent, name, *({"o_proj": ("dense", "out_proj")}.get(name, ()))) if parent is not None else None
+        if found is None:
+            raise Error(f"layer {self.index} has no {name} ({type(parent).__name__ if parent else 'no sub-layer'})")
+        return found  # type: ignore[return-value]
+
+    @property
+    def fused_gate_up(self) -> nn.Linear | None:
+        return _child(self.mlp, "gate_up_proj") if self.mlp is not None else None  # type: ignore[return-value]
+
+    @property
+    def heads(self) -> int:
+        return self.projection("o_proj").in_features // self.head_dim if self.attention is not None else 0
+
+    @property
+    def groups(self) -> int:
+        if self.attention is None:
+            return 0
+        fused = self.fused_qkv
+        if fused is not None:
+            return (fused.out_features // self.head_dim - self.heads) // 2
+        return self.projection("k_proj").out_features // self.head_dim
+
+    @property
+    def neurons(self) -> int:
+        down = _child(self.mlp, "down_proj") if self.mlp is not None else None
+        return down.in_features if isinstance(down, nn.Linear) else 0
+
+    # ---- attention inputs
+
+    @cached_property
+    def norm(self) -> nn.Module:
+        """The norm whose output the attention reads; identity for post-norm layers."""
+        return _child(self.module, *_ATTENTION_NORMS) or nn.Identity()
+
+    @cached_property
+    def _rotary(self) -> Callable[..., tuple[Tensor, Tensor]] | None:
+        return getattr(sys.modules[type(self.attention).__module__], "apply_rotary_pos_emb", None)
+
+    @property
+    def scale(self) -> float:
+        attention: Any = self.attention
+        return float(getattr(attention, "scaling", self.head_dim**-0.5))
+
+    @property
+    def softcap(self) -> float | None:
+        return getattr(self.attention, "attn_logit_softcapping", None)
+
+    def _split(self, x_BND: Tensor, which: str) -> Tensor:
+        """Project hidden rows to queries or keys, (B, heads or groups, N, d), with the layer's own q/k norms."""
+        fused = self.fused_qkv
+        if fused is not None:
+            start, size = (0, self.heads) if which == "q" else (self.heads, self.groups)
+            rows = slice(start * self.head_dim, (start + size) * self.head_dim)
+            bias = fused.bias[rows] if fused.bias is not None else None
+            flat = torch.nn.functional.linear(x_BND, fused.weight[rows], bias)
+        else:
+            flat = self.projection(f"{which}_proj")(x_BND)
+        norm = _child(self.attention, f"{which}_norm") if self.attention is not None else None
+        if norm is not None and _width(norm) == flat.shape[-1]:  # OLMo norms all heads together
+            flat, norm = norm(flat), None
+        split = flat.view(*flat.shape[:-1], -1, self.head_dim)
+        return (norm(split) if norm is not None else split).transpose(1, 2)
+
+    def _turn(self, x_BHNd: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        if rope is None:
+            return x_BHNd
+        if self._rotary is None:
+            raise Error(
+                f"{type(self.attention).__name__}: attention scores need its module's apply_rotary_pos_emb, not found"
+            )
+        # The function turns a pair; an empty second tensor makes the other half free.
+        return self._rotary(x_BHNd, x_BHNd[:, :0], *rope)[0]
+
+    def queries(self, hidden_BQD: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Queries of a few rows of the layer's input, after norm, projection and position embedding: (B, H, Q, d)."""
+        return self._turn(self._split(self.norm(hidden_BQD), "q"), rope)
+
+    def keys(self, hidden_BND: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Keys of rows of the layer's input: (B, G, N, d)."""
+        return self._turn(self._split(self.norm(hidden_BND), "k"), rope)
+
+
+def _width(norm: nn.Module) -> int:
+    weight: Any = norm.weight
+    return int(weight.shape[-1])
+
+
+class View:
+    """A model seen as a stack of decoder layers, with its visual tokens.
+
+    Raises:
+        Error: no decoder stack with attention projections was found; says what was looked for.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.decoder = self._find_decoder(model)
+        self.config: Any = getattr(self.decoder, "config", None) or model.config
+        self.stack = self._find_stack(self.decoder)
+        self.layers = [self._layer(i, m) for i, m in enumerate(self.stack)]
+        whole: Any = getattr(model, "config", None)
+        self.image_token_id: int | None = getattr(whole, "image_token_id", getattr(whole, "image_token_index", None))
+
+    @staticmethod
+    def _find_decoder(model: nn.Module) -> nn.Module:
+        found: Any = model
+        for _ in range(2):  # a wrapper's decoder may be a wrapper itself
+            found = found.get_decoder() if hasattr(found, "get_decoder") else found
+        if not isinstance(found, nn.Module):
+            raise Error(f"{type(model).__name__}: get_decoder() found no decoder")
+        return found
+
+    @staticmethod
+    def _find_stack(decoder: nn.Module) -> nn.ModuleList:
+        for name in ("layers", "h", "blocks"):
+            stack = getattr(decoder, name, None)
+            if isinstance(stack, nn.ModuleList) and len(stack):
+                return stack
+        raise Error(
+            f"{type(decoder).__name__}: no decoder layers found (looked for a ModuleList named layers, h or blocks)"
+        )
+
+    def _layer(self, index: int, module: nn.Module) -> LayerView:
+        attention = _child(module, "self_attn", "attention", "attn")
+        mlp = _child(module, "mlp", "feed_forward", "block_sparse_moe")
+        if attention is None and mlp is None:
+            raise Error(
+                f"layer {index} ({type(module).__name__}): neither attention (self_attn, attention, attn) nor MLP "
+                "(mlp, feed_forward, block_sparse_moe) found"
+            )
+        head_dim = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
+        if head_dim is None:
+            c = self.config
+            head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        sliding = getattr(attention, "sliding_window", None)
+        kinds = getattr(self.config, "layer_types", None)
+        if kinds and index < len(kinds) and kinds[index] == "full_attention":
+            sliding = None
+        return LayerView(index, module, attention, mlp, int(head_dim), sliding)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def rotary(self) -> nn.Module | None:
+        """The module that turns positions into (cos, sin)."""
+        return _child(self.decoder, "rotary_emb")
+
+    @property
+    def vision(self) -> nn.Module | None:
+        """The vision tower, None for text models."""
+        inner = getattr(self.model, "model", self.model)
+        return _child(inner, "vision_tower", "visual", "vision_model")
+
+    @property
+    def visual_tokens(self) -> int | None:
+        """Visual tokens of one image where the tower fixes them (CLIP-style), else None."""
+        vision = getattr(getattr(self.model, "config", None), "vision_config", None)
+        size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+        if isinstance(size, int) and isinstance(patch, int):
+            return (size // patch) ** 2
+        return None
+
+    def grid(self, count: int) -> tuple[int, int] | None:
+        """Rows and columns of a square image of `count` visual tokens, None if it is not square."""
+        side = round(count**0.5)
+        return (side, side) if side * side == count else None
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes for `Method.at`."""
+        first = next((v for v in self.layers if v.attention is not None), self.layers[0])
+        return Shape(
+            layers=len(self.layers),
+            heads=first.heads,
+            groups=first.groups,
+            head_dim=first.head_dim,
+            hidden=int(self.config.hidden_size),
+            neurons=max((v.neurons for v in self.layers), default=0),
+            visual=self.visual_tokens if self.image_token_id is not None else None,
+        )
+
+
+def shape(model: nn.Module) -> Shape:
+    """Sizes of a model that budgets are spread over."""
+    return View(model).shape

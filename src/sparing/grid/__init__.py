@@ -1,0 +1,1 @@
+"""Ground floor: pure tensors. Knows nothing of transformers."""

@@ -1,0 +1,301 @@
+"""`lab:lm`: a small Llama that has learned Python source, trained on one CPU core in an hour.
+
+Twelve even layers, grouped-query attention, tied embeddings: an ordinary `LlamaForCausalLM` of six million weights on
+which depth, width, token and attention methods can be compared anywhere, in seconds, without a download.
+
+Shapes: B windows, T tokens, H heads, G key/value heads, D head size, V vocabulary.
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Iterable
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TokenizersBackend,
+)
+
+from sparing.lab.text import heldout_text, is_stdlib, read, train_files
+
+WEIGHTS = Path(__file__).parent / "weights" / "lm"
+VOCABULARY = 4096
+PAD, BOS, EOS = SPECIAL = ("<pad>", "<bos>", "<eos>")
+BATCH = 4096  # tokens a step
+DEPENDENCY_BYTES = 16_000_000  # as much of the dependencies as an hour can read once
+
+# Words take one leading sign along (" self", "_name", ".join"), a newline takes its indentation along.
+PIECES = r"\n+ *|[^\n\p{L}\p{N}]?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s"
+
+
+def build_tokenizer(texts: Iterable[str]) -> TokenizersBackend:
+    """Train a byte-level BPE of `VOCABULARY` entries; it decodes to exactly what it encoded."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bpe.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bpe.token_to_id(BOS))])
+    return TokenizersBackend(
+        tokenizer_object=bpe,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build() -> LlamaForCausalLM:
+    """The untrained model: 12 layers of width 192, 8 query and 4 key/value heads of 32, MLP 512, in float32."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=12,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=32,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            pad_token_id=SPECIAL.index(PAD),
+            bos_token_id=SPECIAL.index(BOS),
+            eos_token_id=SPECIAL.index(EOS),
+        )
+    )
+
+
+def load(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The trained model in evaluation mode, and its tokenizer."""
+    return AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=dtype).eval(), AutoTokenizer.from_pretrained(WEIGHTS)
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    text: str | None = None,
+    limit_bytes: int | None = None,
+    window: int = 1024,
+    stride: int = 512,
+) -> dict[str, float]:
+    """Compression of `text` (default: the held-out modules) by windows of `window` tokens every `stride` tokens.
+
+    Every token is scored once, with at least `window - stride` tokens before it wherever the text has them.
+    Returns bits per UTF-8 byte, perplexity per token, and the number of bytes and tokens scored.
+    """
+    if not 0 < stride <= window:
+        raise ValueError(f"stride must be in 1..window={window}, got {stride}")
+    data = (heldout_text() if text is None else text).encode()[:limit_bytes]
+    text = data.decode(errors="ignore")  # a limit may cut a character in two
+    ids_T = torch.tensor(tokenizer(text, verbose=False)["input_ids"], device=model.device)
+    total = len(ids_T) - 1  # the first token, BOS, is given
+    if total < 1:
+        raise ValueError("text must hold at least one token, got none")
+    nats = 0.0
+    for end in range(min(window, total), total + stride, stride):
+        end, scored = min(end, total), min(end, total) - (end - stride if end > window else 0)
+        start = max(0, end - window)
+        logits_TV = model(ids_T[None, start:end], use_cache=False).logits[0, -scored:].float()
+        nats += F.cross_entropy(logits_TV, ids_T[end - scored + 1 : end + 1], reduction="sum").item()
+    size = len(text.encode())
+    return {
+        "bits_per_byte": nats / math.log(2) / size,
+        "perplexity": math.exp(nats / total),
+        "bytes": size,
+        "tokens": total,
+    }
+
+
+def causal_blocks(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **_: object
+) -> tuple[Tensor, None]:
+    """Causal attention in blocks of 128 queries, (B, H, T, D) and (B, G, T, D) in, (B, T, H, D) out.
+
+    For training only. A bfloat16 step of plain matrix products skips the keys after each block and takes 0.45 of the
+    time of PyTorch's fused CPU kernel at 512 tokens, whose backward pass dominated the training otherwise.
+    """
+    B, H, T, D = query.shape
+    q, k, v = (x.repeat_interleave(H // x.shape[1], 1).view(B * H, T, D) for x in (query * scaling, key, value))
+    out = []
+    for start, block in zip(range(0, T, 128), q.split(128, 1), strict=True):
+        end = start + block.shape[1]
+        score = torch.bmm(block, k[:, :end].transpose(1, 2))
+        score[:, :, start:] += torch.full((end - start,) * 2, -torch.inf, dtype=score.dtype).triu(1)
+        out.append(torch.bmm(score.softmax(-1), v[:, :end]))
+    return torch.cat(out, 1).view(B, H, T, D).transpose(1, 2), None
+
+
+class Loss(torch.autograd.Function):
+    """Mean cross-entropy in nats of (N, V) logits against N ids, in float32 whatever the logits are.
+
+    Writes the gradient, softmax minus one-hot, in the forward pass: half the time of PyTorch's own on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, ids_N: Tensor) -> Tensor:
+        chance_NV, row_N = logits_NV.softmax(-1, dtype=torch.float32), torch.arange(len(ids_N))
+        loss = -chance_NV[row_N, ids_N].log().mean()
+        chance_NV[row_N, ids_N] -= 1
+        ctx.save_for_backward((chance_NV / len(ids_N)).to(logits_NV.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0] * grad, None
+
+
+def corpus() -> tuple[list[str], list[str]]:
+    """The training texts: the whole standard library, and `DEPENDENCY_BYTES` of the dependencies in a fixed draw."""
+    own = [path for path in train_files() if is_stdlib(path)]
+    others = sorted(path for path in train_files() if not is_stdlib(path))
+    random.Random(0).shuffle(others)
+    sizes = accumulate(path.stat().st_size for path in others)
+    drawn = [path for path, size in zip(others, sizes, strict=True) if size < DEPENDENCY_BYTES]
+    return [read(path) for path in own], [read(path) for path in drawn]
+
+
+def encode(tokenizer: TokenizersBackend, texts: list[str]) -> Tensor:
+    """One long row of token ids: BOS, file, EOS, BOS, file, EOS …"""
+    encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts)
+    return torch.from_numpy(np.concatenate([[*text.ids, tokenizer.eos_token_id] for text in encoded]))
+
+
+def schedule(progress: float, step: int) -> float:
+    """Learning-rate factor: 60 steps of warm-up, constant, then linear to 0 over the second half of the time."""
+    return min(1.0, (step + 1) / 60, max(0.0, 2 * (1 - progress)))
+
+
+def train(
+    out: str | Path, *, resume: bool = True, minutes: float = 60, threads: int | None = None
+) -> tuple[LlamaForCausalLM, TokenizersBackend]:
+    """Train tokenizer and model within `minutes` of wall-clock time and write them to `out`/model.
+
+    Every two minutes the state goes to `out`/checkpoint.pt; with `resume` a later call goes on from there. Matrices
+    learn by Muon, embeddings and norms by AdamW. The share of standard-library text grows from a third to all of it,
+    because the held-out text is standard library; the last fifth of the time reads windows of 1024 tokens, not 512.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    texts = corpus()
+    if (out / "model" / "tokenizer.json").exists() and resume:
+        tokenizer = TokenizersBackend.from_pretrained(out / "model")
+    else:
+        tokenizer = build_tokenizer([*texts[0], *texts[1]])
+    rows = [encode(tokenizer, part) for part in texts]
+
+    model = build().train()
+    matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
+    rest = [weight for weight in model.parameters() if all(weight is not matrix for matrix in matrices)]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=3e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=3e-3, weight_decay=0.0, betas=(0.9, 0.95)),
+    ]
+    step, spent, checkpoint = 0, 0.0, out / "checkpoint.pt"
+    if resume and checkpoint.exists():
+        state = torch.load(checkpoint)
+        step, spent = state["step"], state["spent"]
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+    def save() -> None:
+        states = [optimizer.state_dict() for optimizer in optimizers]
+        state = {"step": step, "spent": spent, "model": model.state_dict(), "optimizers": states}
+        torch.save(state, checkpoint.with_suffix(".new"))
+        checkpoint.with_suffix(".new").replace(checkpoint)
+        export(model, tokenizer, out / "model")
+        (out / "progress.json").write_text(json.dumps({"steps": step, "tokens": step * BATCH, "seconds": spent}))
+
+    AttentionInterface.register("causal_blocks", causal_blocks)
+    AttentionMaskInterface.register("causal_blocks", lambda *_, **__: None)
+    model.set_attn_implementation("causal_blocks")
+    began, saved_at, budget = time.monotonic() - spent, spent, 60 * minutes
+    smooth = 0.0  # a running mean of the loss
+    with tqdm(total=round(budget), initial=round(spent), unit="s", desc="lab:lm") as bar:
+        while spent < budget:
+            progress = spent / budget
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = 3e-3 * schedule(progress, step)
+            ids_BT = windows(rows, 1024 if progress > 0.8 else 512, share=(1 + 2 * progress) / 3, seed=step)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                logits_BTV = model(ids_BT[:, :-1], use_cache=False).logits
+                loss = Loss.apply(logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten())
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            step += 1
+            smooth += (0.02 if smooth else 1.0) * (loss.item() - smooth)
+            spent = time.monotonic() - began
+            bar.update(min(round(spent), bar.total) - bar.n)
+            bar.set_postfix(step=step, loss=f"{smooth:.3f}")
+            if spent - saved_at > 120:
+                save()
+                saved_at = spent
+    save()
+    model.set_attn_implementation("sdpa")
+    return model.eval(), tokenizer
+
+
+def windows(rows: list[Tensor], length: int, *, share: float, seed: int) -> Tensor:
+    """A batch of `BATCH` tokens, (B, T + 1) ids from random places; a `share` of it from the first row."""
+    generator = random.Random(seed)
+    picked = []
+    for _ in range(BATCH // length):
+        row = rows[generator.random() >= share]
+        start = generator.randrange(len(row) - length)
+        picked.append(row[start : start + length + 1])
+    return torch.stack(picked)
+
+
+def export(model: LlamaForCausalLM, tokenizer: TokenizersBackend, folder: Path) -> None:
+    """Write an ordinary Hugging Face folder with bfloat16 weights."""
+    small = build().bfloat16()
+    small.load_state_dict(model.state_dict())
+    small.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Train lab:lm and print its bits per byte on the held-out modules.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--fresh", action="store_true", help="start again although there is a checkpoint")
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--threads", type=int)
+    given = parser.parse_args()
+    print(evaluate(*train(given.out, resume=not given.fresh, minutes=given.minutes, threads=given.threads)))

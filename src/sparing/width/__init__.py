@@ -1,0 +1,1 @@
+"""Token x head and token x neuron: which heads and neurons exist."""
