@@ -1,8 +1,8 @@
 """The command `sparing`.
 
-A mistake of the user ends in one line on standard error and exit code 2, Ctrl-C in exit code 130. Anything else that goes wrong is a
-fault of the library and shows its traceback. torch and transformers are imported by the commands that need them, so that
-`--help` answers at once.
+A mistake of the user ends in one line on standard error and exit code 2, Ctrl-C in exit code 130. Anything else that
+goes wrong is a fault of the library and shows its traceback. torch and transformers are imported by the commands that
+need them, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            _complain("Interrupted. Finished rows are kept; the same command with --resume goes on from there.", "yellow")
+            _complain(
+                "Interrupted. Finished rows are kept; the same command with --resume goes on from there.", "yellow"
+            )
             raise typer.Exit(INTERRUPTED) from None
         except ValueError as problem:
             # Whoever raised our Error has loaded its module; if nobody has, this is something else.
@@ -62,22 +64,36 @@ app = typer.Typer(
 lab_app = typer.Typer(no_args_is_help=True, help="Small trained models that come with the library.")
 app.add_typer(lab_app, name="lab")
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="lab:NAME, a checkpoint folder, or a hub id.", show_default=False)]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="lab:NAME, a checkpoint folder, or a hub id.", show_default=False)
+]
 MethodText = Annotated[
     str,
-    typer.Option("--method", "-m", metavar="NAME[:field=value,…]", help="A method, or the folder of a fitted one.", show_default=False),
+    typer.Option(
+        "--method",
+        "-m",
+        metavar="NAME[:field=value,…]",
+        help="A method, or the folder of a fitted one.",
+        show_default=False,
+    ),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write to.", show_default=False)]
 Device = Annotated[str, typer.Option("--device", metavar="cpu|cuda", help="Where to run.")]
 Dtype = Annotated[
     str | None,
-    typer.Option("--dtype", metavar="float32|bfloat16|float16", help="Number type of the weights; the checkpoint's own if not given."),
+    typer.Option(
+        "--dtype",
+        metavar="float32|bfloat16|float16",
+        help="Number type of the weights; the checkpoint's own if not given.",
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of all that is drawn.")]
 
 
 @app.callback(invoke_without_command=True)
-def _root(show_version: Annotated[bool, typer.Option("--version", help="Print the version and end.", is_eager=True)] = False) -> None:
+def _root(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and end.", is_eager=True)] = False,
+) -> None:
     if show_version:
         typer.echo(f"sparing {version('sparing')}")
         raise typer.Exit
@@ -88,7 +104,9 @@ def _root(show_version: Annotated[bool, typer.Option("--version", help="Print th
 
 @app.command("methods")
 def _methods(
-    axis: Annotated[str | None, typer.Option("--axis", metavar="A", help="Only this axis: tokens, depth, width, …")] = None,
+    axis: Annotated[
+        str | None, typer.Option("--axis", metavar="A", help="Only this axis: tokens, depth, width, …")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list and nothing else.")] = False,
 ) -> None:
     """List the methods and their controls."""
@@ -97,7 +115,10 @@ def _methods(
     found = sparing.methods(axis)
     if as_json:
         keys = ("axis", "kind", "phase", "needs", "year", "title", "arxiv", "summary")
-        rows = [{"name": name, **{key: getattr(c.card, key) for key in keys}, "control": c.card.is_control} for name, c in found.items()]
+        rows = [
+            {"name": name, **{key: getattr(c.card, key) for key in keys}, "control": c.card.is_control}
+            for name, c in found.items()
+        ]
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -108,7 +129,15 @@ def _methods(
     for name, cls in found.items():
         card = cls.card
         needs = card.needs + (" (trains too)" if card.trains and card.needs == "nothing" else "")
-        cells = (card.axis, card.kind, card.phase, needs, "–" if card.is_control else str(card.year), card.title, card.arxiv or "–")
+        cells = (
+            card.axis,
+            card.kind,
+            card.phase,
+            needs,
+            "–" if card.is_control else str(card.year),
+            card.title,
+            card.arxiv or "–",
+        )
         table.add_row(Text(name), *map(Text, cells), style="dim" if card.is_control else None)
     _console().print(table)
     _console().print("Dim: controls, the yardsticks a method has to beat.", style="dim")
@@ -123,20 +152,31 @@ def _compare(
     out: Out,
     task: Annotated[
         str,
-        typer.Option("--task", "-t", metavar="T", help="ppl, ppl:FILE, find-digit, or vqa:FILE.jsonl.", show_default=False),
+        typer.Option(
+            "--task", "-t", metavar="T", help="ppl, ppl:FILE, find-digit, or vqa:FILE.jsonl.", show_default=False
+        ),
     ],
     method: Annotated[
         list[str],
-        typer.Option("--method", "-m", metavar="NAME[:field=value,…]", help="A method, or the folder of a fitted one; repeatable."),
+        typer.Option(
+            "--method",
+            "-m",
+            metavar="NAME[:field=value,…]",
+            help="A method, or the folder of a fitted one; repeatable.",
+        ),
     ],
-    keep: Annotated[str, typer.Option("--keep", "-k", metavar="0.5,0.25,0.1", help="Budgets: shares that still run.")] = "0.5,0.25,0.1",
+    keep: Annotated[
+        str, typer.Option("--keep", "-k", metavar="0.5,0.25,0.1", help="Budgets: shares that still run.")
+    ] = "0.5,0.25,0.1",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that DIR holds.")] = False,
     device: Device = "cpu",
     dtype: Dtype = None,
     seed: Seed = 0,
     repeats: Annotated[int | None, typer.Option("--repeats", metavar="N", help="Timed pairs; 0 times nothing.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", metavar="N", help="Units of the task to evaluate.")] = None,
-    no_controls: Annotated[bool, typer.Option("--no-controls", help="Leave random, uniform, oracle and down-sampling out.")] = False,
+    no_controls: Annotated[
+        bool, typer.Option("--no-controls", help="Leave random, uniform, oracle and down-sampling out.")
+    ] = False,
 ) -> None:
     """Measure methods on a model against dense and against their controls, and write a report."""
     budgets = _budgets(keep)
@@ -175,7 +215,9 @@ def _compare(
 
 @app.command("report")
 def _report(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR…", help="Folders of sparing compare.", show_default=False)],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR…", help="Folders of sparing compare.", show_default=False)
+    ],
     out: Out,
 ) -> None:
     """Write one report about several runs of `sparing compare`."""
@@ -183,7 +225,12 @@ def _report(
 
     rows = [row for folder in folders for row in _rows(folder)]
     _writable(out)
-    earlier = [file for folder in folders for file in sorted(folder.glob("*.svg")) if file.stem.startswith(("map-", "kept-", "budgets-"))]
+    earlier = [
+        file
+        for folder in folders
+        for file in sorted(folder.glob("*.svg"))
+        if file.stem.startswith(("map-", "kept-", "budgets-"))
+    ]
     for file in earlier:
         for suffix in (".svg", ".png"):
             if file.with_suffix(suffix).is_file() and file.parent.resolve() != out.resolve():
@@ -198,8 +245,15 @@ def _report(
 def _show(
     model: Model,
     method: MethodText,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="map.png", help="Picture to write: .png, .svg or .pdf.", show_default=False)],
-    keep: Annotated[float | None, typer.Option("--keep", "-k", metavar="K", help="Budget; the method's own if not given.")] = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", metavar="map.png", help="Picture to write: .png, .svg or .pdf.", show_default=False
+        ),
+    ],
+    keep: Annotated[
+        float | None, typer.Option("--keep", "-k", metavar="K", help="Budget; the method's own if not given.")
+    ] = None,
     sample: Annotated[int, typer.Option("--sample", metavar="I", help="Sample of the task's first batch.")] = 0,
     task: Annotated[str | None, typer.Option("--task", "-t", metavar="T", help="Where the sample comes from.")] = None,
     device: Device = "cpu",
@@ -241,9 +295,19 @@ def _fit(
     out: Out,
     data: Annotated[
         str,
-        typer.Option("--data", "-d", metavar="D", help="A text file, find-digit, or a .jsonl of questions.", show_default=False),
+        typer.Option(
+            "--data", "-d", metavar="D", help="A text file, find-digit, or a .jsonl of questions.", show_default=False
+        ),
     ],
-    batches: Annotated[int, typer.Option("--batches", metavar="N", min=1, help="Batches to calibrate or train on.")] = 32,
+    batches: Annotated[
+        int, typer.Option("--batches", metavar="N", min=1, help="Batches to calibrate or train on.")
+    ] = 32,
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", metavar="N", min=1, help="Passes over them, where it is training.")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option("--lr", metavar="X", help="Peak learning rate, where it is training.")
+    ] = None,
     device: Device = "cpu",
     dtype: Dtype = None,
     seed: Seed = 0,
@@ -252,6 +316,9 @@ def _fit(
     chosen = _method(method)
     if chosen.card.needs == "nothing" and not chosen.card.trains:
         raise _error(f"--method {method}: {chosen.name} needs nothing; there is nothing to fit")
+    options = {key: value for key, value in (("epochs", epochs), ("lr", lr)) if value is not None}
+    if options and not chosen.card.trains:
+        raise _error(f"--{next(iter(options))}: {chosen.name} is calibrated, not trained")
     _data_exists(data)
     _writable(out)
     _quiet()
@@ -259,7 +326,7 @@ def _fit(
 
     with _doing(f"Loading {model}"):
         loaded = load_model(model, device, dtype)
-    fitted = _fitted(chosen, loaded, data, batches, seed)
+    fitted = _fitted(chosen, loaded, data, batches, seed, **options)
     fitted.save(out)
     numbers = sum(tensor.numel() for tensor in fitted.state.values())
     console = _console()
@@ -271,7 +338,12 @@ def _fit(
 def _prune(
     model: Model,
     method: MethodText,
-    keep: Annotated[float, typer.Option("--keep", "-k", metavar="K", help="Share of the layers' parameters that stays.", show_default=False)],
+    keep: Annotated[
+        float,
+        typer.Option(
+            "--keep", "-k", metavar="K", help="Share of the layers' parameters that stays.", show_default=False
+        ),
+    ],
     out: Out,
     data: Annotated[
         str | None,
@@ -286,9 +358,13 @@ def _prune(
     budget = _budgets(str(keep))[0]
     chosen = _method(method)
     if chosen.card.kind != "surgery":
-        raise _error(f"--method {method}: {chosen.name} acts while the model runs and cuts nothing; sparing.attach runs it")
+        raise _error(
+            f"--method {method}: {chosen.name} acts while the model runs and cuts nothing; sparing.attach runs it"
+        )
     if not chosen.ready and data is None:
-        raise _error(f"--data: {chosen.name} needs {chosen.card.needs}; name a text file, find-digit or a .jsonl of questions")
+        raise _error(
+            f"--data: {chosen.name} needs {chosen.card.needs}; name a text file, find-digit or a .jsonl of questions"
+        )
     if data is not None:
         _data_exists(data)
     _writable(out)
@@ -308,13 +384,16 @@ def _prune(
     before, after = (sum(weight.numel() for weight in m.parameters()) for m in (loaded.model, small))
     facts = {
         "base model": loaded.name,
-        "method": f"{chosen.name} ({chosen.card.title}, {chosen.card.year}" + (f", arXiv {chosen.card.arxiv})" if chosen.card.arxiv else ")"),
+        "method": f"{chosen.name} ({chosen.card.title}, {chosen.card.year}"
+        + (f", arXiv {chosen.card.arxiv})" if chosen.card.arxiv else ")"),
         "budget": f"keep = {budget:g} of the parameters of the layers",
         "calibration data": data or f"as fitted in {method}",
         "parameters before": f"{before:,}",
         "sparing": version("sparing"),
     }
-    sparing.save_pretrained(small, out, processor=_or_none(lambda: loaded.processor if loaded.sees else loaded.tokenizer), card=facts)
+    sparing.save_pretrained(
+        small, out, processor=_or_none(lambda: loaded.processor if loaded.sees else loaded.tokenizer), card=facts
+    )
     sizes = [timing.weight_bytes(m) / 1e6 for m in (loaded.model, small)]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for head in ("", "before", "after", "left"):
@@ -345,8 +424,12 @@ def _lab_list() -> None:
 @lab_app.command("train")
 def _lab_train(
     name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)],
-    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where checkpoints go; lab-NAME if not given.")] = None,
-    minutes: Annotated[float | None, typer.Option("--minutes", metavar="N", help="Time to train, where the model takes one.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where checkpoints go; lab-NAME if not given.")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", metavar="N", help="Time to train, where the model takes one.")
+    ] = None,
     threads: Annotated[int | None, typer.Option("--threads", metavar="N", help="CPU threads.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again although there is a checkpoint.")] = False,
 ) -> None:
@@ -381,7 +464,9 @@ def _lab_eval(
         typer.echo(json.dumps(result))
         return
     for key, value in result.items():
-        _console().print(Text(f"{key.replace('_', ' ')}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}"))
+        _console().print(
+            Text(f"{key.replace('_', ' ')}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
+        )
 
 
 # --------------------------------------------------------------------------- reading what the user wrote
@@ -396,7 +481,9 @@ def _budgets(text: str) -> list[float]:
         except ValueError:
             share = float("nan")
         if not 0 < share <= 1:
-            raise _error(f"--keep {part.strip() or text}: must lie in (0, 1]: the share of the work that is kept, e.g. 0.5,0.25,0.1")
+            raise _error(
+                f"--keep {part.strip()}: must lie in (0, 1]; it is the share of the work that stays, e.g. 0.5,0.25,0.1"
+            )
         budgets.append(share)
     return list(dict.fromkeys(budgets))
 
@@ -418,15 +505,17 @@ def _usual_task(loaded: Loaded) -> str:
 
 def _data_exists(data: str) -> None:
     if data != "find-digit" and not Path(data).expanduser().is_file():
-        raise _error(f"--data {data}: there is no such file; a text file, a .jsonl of questions or find-digit is needed")
+        raise _error(
+            f"--data {data}: there is no such file; a text file, a .jsonl of questions or find-digit is needed"
+        )
 
 
-def _fitted(method: Method, loaded: Loaded, data: str, batches: int, seed: int) -> Method:
+def _fitted(method: Method, loaded: Loaded, data: str, batches: int, seed: int, **options: Any) -> Method:
     import torch
 
     torch.manual_seed(seed)
     with _doing(f"Fitting {method.name} on {data}"):
-        return method.fit(loaded.model, _batches(loaded, data, batches))
+        return method.fit(loaded.model, _batches(loaded, data, batches), **options)
 
 
 def _batches(loaded: Loaded, data: str, count: int) -> Iterable[Any]:

@@ -19,6 +19,7 @@ from sparing.bench.compare import BLANK, Store, compare
 from sparing.bench.models import Loaded, load_model
 from sparing.depth.unified_layer_skipping import UnifiedLayerSkipping
 from sparing.grid.method import Error, parse
+from sparing.width.flap import Flap
 
 TEXT = "".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(30))
 QUALITY = (
@@ -244,6 +245,48 @@ def test_down_sampling_is_measured_once_a_budget(viewer: Loaded, monkeypatch: py
     )
     small = [row for row in rows if row["control"] == "downsample"]
     assert len(small) == 2 and small[0]["quality"] == small[1]["quality"] and asked.count(0.5) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------ surgery
+
+
+@pytest.fixture(scope="module")
+def cut(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Rows]:
+    (folder / "other.txt").write_text(TEXT[::-1] * 5)
+    out = tmp_path_factory.mktemp("cut") / "out"
+    task = f"ppl:{folder}/text.txt,calibration={folder}/other.txt"
+    return out, compare(str(folder), task, ["flap:multiple=1"], [0.6], out=out, limit=3, repeats=1, progress=False)
+
+
+def test_a_surgery_row_is_about_the_cut_model(cut: tuple[Path, Rows]) -> None:
+    _, rows = cut
+    row = rows[-1]
+    assert [r["status"] for r in rows] == ["ok"] * 6
+    assert all(r["cells"] == pytest.approx(0.6, abs=0.1) for r in rows[1:])
+    assert row["size_mb"] < 0.9 * row["size_dense_mb"]
+    assert row["prefill_flops"] < rows[0]["prefill_flops"] and row["decision_share"] == 0
+    assert row["peak_memory_mb"] < rows[0]["peak_memory_mb"]
+
+
+def test_what_was_fitted_is_kept(cut: tuple[Path, Rows], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, rows = cut
+    whole = (out / "results.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "results.jsonl").write_bytes(b"".join(whole[:3]))
+    monkeypatch.setattr(Flap, "fit", lambda *_: pytest.fail("fitted again"))
+    task = f"ppl:{folder}/text.txt,calibration={folder}/other.txt"
+    again = compare(
+        str(folder), task, ["flap:multiple=1"], [0.6], out=out, resume=True, limit=3, repeats=1, progress=False
+    )
+    assert table(again) == table(rows)
+    assert sorted(path.name for path in out.iterdir()) == ["fitted", "results.jsonl", "run.json"]
+
+
+def test_a_fitted_folder_is_a_method(cut: tuple[Path, Rows], folder: Path) -> None:
+    out, rows = cut
+    fitted = out / "fitted" / "flap_multiple=1"
+    again = run(folder, methods=[str(fitted)], keep=[0.6], repeats=0)
+    named = run(folder, methods=["flap:multiple=1"], keep=[0.6], repeats=0, fitted={"flap": fitted})
+    assert again[-1]["quality"] == named[-1]["quality"] == rows[-1]["quality"]
 
 
 # ------------------------------------------------------------------------------------------------------------- resume

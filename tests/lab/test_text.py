@@ -1,16 +1,21 @@
 """The corpus is fixed, and what is held out is really held out."""
 
 import lzma
+from pathlib import Path
 
 from sparing.lab import text
 
 
-def test_lists_are_deterministic() -> None:
-    first = text.train_files(), text.heldout_files()
-    text.train_files.cache_clear()
-    text.heldout_files.cache_clear()
-    assert first == (text.train_files(), text.heldout_files())
-    assert len(set(first[0])) == len(first[0]) > 400
+def test_lists_are_deterministic(tmp_path: Path) -> None:
+    """The order is the names' and not the file system's; the standard library comes first."""
+    for name in ("b.py", "a/z.py", "a.py", "c.txt", "tests/t.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [path.name for path in text.sources(tmp_path)] == ["a.py", "z.py", "b.py"]
+    files = text.train_files()
+    assert len(set(files)) == len(files) > 400
+    own = [path for path in files if text.is_stdlib(path)]
+    assert list(files[: len(own)]) == own == sorted(own, key=lambda path: path.relative_to(text.stdlib()).as_posix())
 
 
 def test_heldout_is_whole_and_mostly_of_medium_size() -> None:

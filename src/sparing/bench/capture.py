@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +30,16 @@ STEPS = 24  #: generated tokens that a compute map shows
 
 @torch.no_grad()
 def footprint(loaded: Loaded, task: tasks.Task, method: Method, sample: int = 0, steps: int = STEPS) -> Footprint:
-    """Runs `method` on one of the task's batches, prefill and `steps` generated tokens, and keeps what ran for one sample."""
+    """Runs `method` on a batch of the task, prefill and `steps` generated tokens; keeps what ran for one sample."""
     inputs = task.inputs()
     ids = inputs["input_ids"]
     if not 0 <= sample < len(ids):
         raise Error(f"sample: {sample} is not there; the task's first batch holds 0 to {len(ids) - 1}")
-    here = inputs["attention_mask"][sample].bool().cpu() if "attention_mask" in inputs else torch.ones(ids.shape[1], dtype=torch.bool)
+    here = (
+        inputs["attention_mask"][sample].bool().cpu()
+        if "attention_mask" in inputs
+        else torch.ones(ids.shape[1], dtype=torch.bool)
+    )
     token = loaded.view.image_token_id
     visual = (ids[sample].cpu() == token) if token is not None else torch.zeros(ids.shape[1], dtype=torch.bool)
     picture = _picture(loaded, inputs, sample)
@@ -53,23 +57,30 @@ def left(model: nn.Module, plan: Plan) -> NDArray[np.float64]:
     """Share of each layer's parameters that a plan leaves."""
     shares = []
     for layer, cut in zip(View(model).layers, plan.layers, strict=True):
-        whole = sum(weight.numel() for weight in layer.module.parameters())
+        if cut is None:
+            shares.append(0.0)
+            continue
         gone = 0.0
         for part, size, kept, stays in (
-            (layer.attention, layer.groups, cut and cut.groups, cut and cut.attention),
-            (layer.mlp, layer.neurons, cut and cut.neurons, cut and cut.mlp),
+            (layer.attention, layer.groups, cut.groups, cut.attention),
+            (layer.mlp, layer.neurons, cut.neurons, cut.mlp),
         ):
-            if part is not None and cut is not None:
+            if part is not None:
                 share = 0.0 if not stays else 1.0 if kept is None else kept.numel() / size
                 gone += (1 - share) * sum(weight.numel() for weight in part.parameters())
-        shares.append(0.0 if cut is None else 1 - gone / whole)
+        shares.append(1 - gone / sum(weight.numel() for weight in layer.module.parameters()))
     return np.array(shares)
 
 
 def _picture(loaded: Loaded, inputs: tasks.Batch, sample: int) -> NDArray[np.uint8] | None:
     """The picture as the model got it, back in colours; None where it cannot be read off the inputs."""
     pixels = inputs.get("pixel_values")
-    if not isinstance(pixels, Tensor) or pixels.ndim != 4 or len(pixels) != len(inputs["input_ids"]) or pixels.shape[1] != 3:
+    if (
+        not isinstance(pixels, Tensor)
+        or pixels.ndim != 4
+        or len(pixels) != len(inputs["input_ids"])
+        or pixels.shape[1] != 3
+    ):
         return None
     image = pixels[sample].float().cpu().permute(1, 2, 0)
     try:
@@ -86,13 +97,15 @@ def _picture(loaded: Loaded, inputs: tasks.Batch, sample: int) -> NDArray[np.uin
 def draw(rows: Sequence[Row], out: Path, device: str = "cpu") -> dict[str, Figure]:
     """The pictures of what ran that `out` does not hold yet: compute maps, budgets of layers, visual tokens kept.
 
-    The methods are those of the rows, as they were fitted. A method whose picture fails is left out: its numbers stand.
+    The methods are those of the rows, as they were fitted.
     """
-    found: dict[str, Figure] = {}
-    for experiment in experiments(rows):
+    found = experiments(rows)
+    colours = {label: colour for label, (colour, _) in pictures.looks_of(found).items()}
+    figures: dict[str, Figure] = {}
+    for experiment in found:
         if _missing(experiment, out):
-            found |= _drawn(experiment, out, device)
-    return found
+            figures |= _drawn(experiment, out, device, colours)
+    return figures
 
 
 def _missing(experiment: Experiment, out: Path) -> bool:
@@ -101,7 +114,7 @@ def _missing(experiment: Experiment, out: Path) -> bool:
     return bool(ran) and any(not (out / f"{name}.svg").is_file() for name in names)
 
 
-def _drawn(experiment: Experiment, out: Path, device: str) -> dict[str, Figure]:
+def _drawn(experiment: Experiment, out: Path, device: str, colours: Mapping[str, str]) -> dict[str, Figure]:
     dtype = next((row["dtype"] for row in experiment.rows if row.get("dtype")), None)
     loaded = load_model(experiment.model, device, dtype)
     task = tasks.parse(experiment.task, loaded)
@@ -117,7 +130,7 @@ def _drawn(experiment: Experiment, out: Path, device: str) -> dict[str, Figure]:
         if lines[0].axis == "tokens" and (shown := pictures.kept(seen)) is not None:
             figures[f"kept-{label}"] = shown
     if shares:
-        figures[f"budgets-{experiment.model}"] = pictures.budgets(shares)
+        figures[f"budgets-{experiment.model}"] = pictures.budgets(shares, colours)
     return figures
 
 

@@ -10,10 +10,12 @@ any moment goes on with `resume=True` and ends in the same table.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import platform
+import shutil
 import statistics
 import tempfile
 import time
@@ -38,6 +40,7 @@ from rich.progress import (
 )
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from sparing.bench import bounds, tasks, timing
 from sparing.bench.bounds import Bounds, Cost, Peaks
@@ -47,12 +50,14 @@ from sparing.bench.timing import Ratio, Stages
 from sparing.engine.attach import Run, attach
 from sparing.engine.surgery import prune, save_pretrained
 from sparing.grid.method import BudgetError, Error, Method, load, parse
+from sparing.grid.method import methods as all_methods
 
 Row = dict[str, Any]
 
 KEEP = (0.5, 0.25, 0.1)
 FIT_BATCHES = 32  #: calibration batches
 PHASES = ("prefill", "decode")
+SCRATCH = ".size-"  # start of the names of folders that are gone when a row is done
 
 BLANK: Row = {
     # what ran
@@ -186,10 +191,12 @@ def compare(
         "limit": limit,
         "controls": controls,
         "control_seeds": control_seeds,
+        "states": {spec: _digest(method) for spec, method in asked.items() if method.state},
+        "threads": torch.get_num_threads(),  # another number rounds otherwise
         "versions": _versions(),
     }
     store = Store(out, arguments, resume)
-    with _bar(progress, len(asked) * len(keep)) as bar:
+    with _quiet(), _bar(progress, len(asked) * len(keep)) as bar:
         _Comparison(loaded, bound_task, store, bar, arguments).run(asked)
     return store.rows
 
@@ -218,7 +225,7 @@ class Store:
             raise Error(f"out = '{self.folder}': cannot be written to ({problem.strerror or problem})") from problem
         file, self._file = self.folder / "run.json", self.folder / "results.jsonl"
         if file.exists():
-            self._same(json.loads(file.read_text()), arguments)
+            self._same(self._json(file.read_bytes()), arguments)
             if not resume:
                 raise Error(
                     f"out = '{self.folder}': holds this run already; pass --resume to go on with it, or another folder"
@@ -257,16 +264,23 @@ class Store:
             raise Error(f"out = '{self.folder}': holds another run ({was}); take another folder")
 
     def _recover(self) -> None:
+        assert self.folder is not None
         data = self._file.read_bytes() if self._file.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
-        try:
-            self.rows = [json.loads(line) for line in whole.splitlines()]
-        except json.JSONDecodeError as problem:
-            raise Error(
-                f"out = '{self.folder}': its results.jsonl is damaged ({problem}); take another folder"
-            ) from problem
+        self.rows = [self._json(line) for line in whole.splitlines()]
+        for left in self.folder.glob(f"{SCRATCH}*"):
+            shutil.rmtree(left, ignore_errors=True)
         if whole != data:
             os.truncate(self._file, len(whole))
+
+    def _json(self, text: bytes) -> Row:
+        try:
+            read: Row = json.loads(text)
+        except ValueError as problem:
+            raise Error(
+                f"out = '{self.folder}': what it holds is damaged ({problem}); take another folder"
+            ) from problem
+        return read
 
 
 def _write(file: Path, text: str) -> None:
@@ -439,7 +453,7 @@ class _Comparison:
                 return
             task = self.task.downsampled(keep)
             if task is None:
-                raise BudgetError(f"keep: {keep:g} of the visual tokens is less than one")
+                raise BudgetError(f"keep = {keep:g}: is less than one visual token")
             self._quality(row, _Subject(self.model), task)
 
     def _ready(self, spec: str, method: Method) -> Method:
@@ -472,22 +486,29 @@ class _Comparison:
         task, limit = task or self.task, self.arguments["limit"]
         with subject.running(trace=True) as run:
             quality = task.evaluate(subject.model, run, limit, self.bar.part)
-            if run is not None and subject.method is not None and row["axis"] in ("tokens", "depth"):
-                row["cells"] = self._cells(run, subject.method)
+            row["cells"] = self._cells(run, subject)
         if not math.isfinite(quality):
             raise ArithmeticError(f"{task.metric} is {quality}")
         dense = quality if row["method"] == "dense" else self.store.find(method="dense")["quality"]  # type: ignore[index]
         row |= {"quality": quality, "quality_dense": dense, "quality_loss_pct": task.loss(quality, dense)}
         row["details"] = task.details(quality, limit)
 
-    def _cells(self, run: Run, method: Method) -> float:
-        """Share of the cells that ran in the evaluation; for a method that acts in decoding, in a real decode step."""
-        if method.card.phase == "decode":
-            run.prompt, inputs = None, self.task.inputs()
-            run.trace.reset()
-            timing.decode(run.model, inputs, timing.prefill(run.model, inputs), 1)
-            return run.trace.share(method.card.axis, "decode")
-        return run.trace.share(method.card.axis)
+    def _cells(self, run: Run | None, subject: _Subject) -> float | None:
+        """Share of the cells that ran: parameters of the layers that are left, or what the evaluation ran.
+
+        For a method that acts in decoding it is what a real decode step runs.
+        """
+        if subject.model is not self.model:
+            return _block_parameters(subject.model) / _block_parameters(self.model)
+        if run is None or subject.method is None or subject.method.card.axis not in ("tokens", "depth"):
+            return None
+        card = subject.method.card
+        if card.phase != "decode":
+            return run.trace.share(card.axis)
+        run.prompt, inputs = None, self.task.inputs()
+        run.trace.reset()
+        timing.decode(run.model, inputs, timing.prefill(run.model, inputs), 1)
+        return run.trace.share(card.axis, "decode")
 
     def _beats(self, row: Row) -> bool | None:
         rivals: dict[str, list[float]] = {"random": [], "uniform": []}
@@ -527,7 +548,6 @@ class _Comparison:
         row["note"] = "; ".join(notes)
         if method.card.kind == "surgery":
             row |= {"size_mb": self._size(subject.model), "size_dense_mb": self._size(self.model)}
-            row["cells"] = _block_parameters(subject.model) / _block_parameters(self.model)
 
     def _speed(self, row: Row, subject: _Subject, inputs: tasks.Batch) -> dict[str, Ratio]:
         reference = _Subject(self.model)
@@ -542,7 +562,7 @@ class _Comparison:
 
     def _size(self, model: nn.Module) -> float:
         """10^6 bytes of the weights as a checkpoint on the disk."""
-        with tempfile.TemporaryDirectory(dir=self.store.folder) as folder:
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=self.store.folder) as folder:
             save_pretrained(model, folder)
             return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / 1e6
 
@@ -575,7 +595,7 @@ def _asked(methods: Sequence[str | Path | Method], fitted: Mapping[str, str | Pa
         if isinstance(item, Method):
             fields = ",".join(f"{key}={value}" for key, value in item.fields().items())
             spec, method = f"{item.name}:{fields}" if fields else item.name, item
-        elif (Path(item) / "method.json").is_file() or Path(item).is_dir():
+        elif (Path(item) / "method.json").is_file() or (Path(item).is_dir() and str(item) not in all_methods()):
             spec, method = str(item), load(item)
         else:
             spec, method = str(item), parse(str(item))
@@ -601,6 +621,14 @@ def _fits(spec: str, method: Method, loaded: Loaded, task: Task) -> None:
             f"method = {spec!r}: has to be fitted on other data; name the folder of a fitted one, or write the task as "
             f"{task.name},calibration=OTHER"
         )
+
+
+def _digest(method: Method) -> str:
+    """A number for what a method has learned."""
+    learned = hashlib.sha256()
+    for name, tensor in sorted(method.state.items()):
+        learned.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return learned.hexdigest()[:16]
 
 
 def _versions() -> dict[str, str]:
@@ -636,6 +664,18 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of transformers between ours."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class _Bar:

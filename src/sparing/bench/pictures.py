@@ -1,7 +1,8 @@
 """Pictures of a comparison: pure functions from rows or from what ran to matplotlib figures.
 
-Every colour is one of a few fixed ones, so that `svg` can hand them over to the style sheet of the page: the same picture is then
-readable on a light and on a dark ground. Nothing here needs a display or touches matplotlib's global state.
+Every colour is one of a few fixed ones, so that `svg` can hand them over to the style sheet of the page: the same
+picture is then readable on a light and on a dark ground. Nothing here needs a display or touches matplotlib's global
+state.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,14 +37,21 @@ from sparing.grid.method import Error
 
 INK, MUTED, RULE, CARD = "#1f2430", "#6a7180", "#dfe2e8", "#fefefe"
 ORACLE, RANDOM = "#12855a", "#8a909c"
-SERIES = ("#0a6cb4", "#d0560e", "#8a4fb0", "#b8860b", "#c2396f", "#2a8c9b")  #: told apart with any colour vision, and by marker
+SERIES = (
+    "#0a6cb4",
+    "#d0560e",
+    "#8a4fb0",
+    "#b8860b",
+    "#c2396f",
+    "#2a8c9b",
+)  #: told apart with any colour vision, and by marker
 MARKERS = ("o", "s", "D", "^", "v", "P")
-VISUAL, TEXT, STEP = SERIES[1], SERIES[0], SERIES[2]  #: cells of a compute map
+VISUAL, TEXT, STEP = "#e06a1f", "#2f86cc", "#9a60c0"  #: cells of a compute map: the same on light and dark
 
 _VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", CARD: "card", ORACLE: "oracle", RANDOM: "random"} | {
     colour: f"series{i}" for i, colour in enumerate(SERIES)
 }
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["Inter", "Segoe UI", "Helvetica Neue", "Arial", "DejaVu Sans"],
     "font.size": 9.5,
@@ -83,7 +92,9 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, NDArray[Any]]:
+def _figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
+) -> tuple[Figure, NDArray[Any]]:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, **options)
@@ -99,17 +110,22 @@ def png(figure: Figure, dpi: int = 160) -> bytes:
 
 
 def svg(figure: Figure) -> str:
-    """The figure as an `<svg>` element to stand inside a page, its colours taken from the page's variables (`--ink`, …)."""
+    """The figure as an `<svg>` element for a page, in the page's own colours (`--ink`, …) where it has them."""
     buffer = io.StringIO()
     with _style():
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
+        figure.savefig(
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata={"Date": None, "Creator": None, "Type": None, "Format": None},
+        )
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     for colour, name in _VARIABLES.items():
-        text = re.sub(colour, f"var(--{name})", text, flags=re.IGNORECASE)
+        text = re.sub(colour, f"var(--{name}, {colour})", text, flags=re.IGNORECASE)
     return text
 
 
@@ -134,7 +150,7 @@ def _phases(lines: Sequence[Line]) -> list[str]:
     return [phase for phase, key in PHASES.items() if any(line.row.get(key) is not None for line in lines)]
 
 
-def _looks(found: Sequence[Experiment]) -> dict[str, tuple[str, str]]:
+def looks_of(found: Sequence[Experiment]) -> dict[str, tuple[str, str]]:
     """A colour and a marker for each method, the same in all pictures of one report."""
     names = dict.fromkeys(name for experiment in found for name in experiment.labels)
     return {name: (SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(names)}
@@ -143,9 +159,9 @@ def _looks(found: Sequence[Experiment]) -> dict[str, tuple[str, str]]:
 def pareto(rows: Sequence[Row]) -> Figure | None:
     """Quality loss against measured speed-up, a row of panels for each axis and a column for each timed phase.
 
-    A method is a line over its budgets with a horizontal bar from the 20th to the 80th percentile of the paired ratios. Its
-    controls are grey: the random one as a band, mean ± standard deviation over seeds. The pale line joins the Pareto front, whose
-    points are filled. None where no method was timed.
+    A method is a line over its budgets with a horizontal bar from the 20th to the 80th percentile of the paired ratios.
+    Its controls are grey: the random one as a band, mean ± standard deviation over seeds. The pale line joins the
+    Pareto front, whose points are filled. None where no method was timed.
     """
     found = experiments(rows)
     panels = [(e, axis, phase) for e in found for axis in e.axes for phase in _phases(e.of(axis))]
@@ -153,7 +169,7 @@ def pareto(rows: Sequence[Row]) -> Figure | None:
         return None
     strips = list(dict.fromkeys((e.model, e.task, axis) for e, axis, _ in panels))
     phases = [phase for phase in PHASES if any(phase == p for _, _, p in panels)]
-    looks = _looks(found)
+    looks = looks_of(found)
     with _style():
         figure, axes = _figure(5.2 * len(phases), 3.7 * len(strips) + 0.4, len(strips), len(phases))
         for ax in axes.flat:
@@ -161,7 +177,7 @@ def pareto(rows: Sequence[Row]) -> Figure | None:
         for experiment, axis, phase in panels:
             ax = axes[strips.index((experiment.model, experiment.task, axis)), phases.index(phase)]
             ax.set_visible(True)
-            ax.set_title(f"{phase.capitalize()} · {axis} · {experiment.model}")
+            ax.set_title(f"{phase.capitalize()} · {axis} · {experiment.name}")
             ax.set_xlabel(f"measured {phase} speed-up")
             ax.set_ylabel(_lost(experiment.metric))
             _pareto_panel(ax, experiment, axis, PHASES[phase], looks)
@@ -175,7 +191,11 @@ def pareto(rows: Sequence[Row]) -> Figure | None:
 
 
 def _pareto_panel(ax: Axes, experiment: Experiment, axis: str, key: str, looks: Mapping[str, tuple[str, str]]) -> None:
-    lines = [line for line in experiment.of(axis) if line.ran and line.row.get(key) and line.row.get("quality_loss_pct") is not None]
+    lines = [
+        line
+        for line in experiment.of(axis)
+        if line.ran and line.row.get(key) and line.row.get("quality_loss_pct") is not None
+    ]
     points = [(1.0, 0.0)] + [(line.row[key], line.row["quality_loss_pct"]) for line in lines]
     best = front(points)
     _loss_axis(ax, [loss for _, loss in points] + _control_losses(lines))
@@ -190,7 +210,9 @@ def _pareto_panel(ax: Axes, experiment: Experiment, axis: str, key: str, looks: 
         mine = [line for line in lines if line.label == name]
         colour, marker = looks[name]
         for kind in () if flat else _ORDER:
-            known = [(_control_speed(line, kind, key), loss) for line in mine if (loss := line.control(kind))]
+            known = [
+                (at, loss) for line in mine if (loss := line.control(kind)) and (at := _control_speed(line, kind, key))
+            ]
             _draw_control(ax, kind, known)
         x, y = [line.row[key] for line in mine], [line.row["quality_loss_pct"] for line in mine]
         ax.plot(x, y, color=colour, lw=1.7, zorder=4)
@@ -201,7 +223,9 @@ def _pareto_panel(ax: Axes, experiment: Experiment, axis: str, key: str, looks: 
             ax.plot(px, py, marker, color=colour, mfc=colour if filled else CARD, ms=6.5, mew=1.5, zorder=5)
             words.append(_Word(px, py, percent(line.keep).replace(" ", ""), colour, 7.5, "normal"))
         words.insert(0, _Word(x[-1], y[-1], name, colour, 9, "bold"))
-    speeds = [speed for speed, _ in points] + [_control_speed(line, kind, key) for line in lines for kind in line.controls]
+    speeds = [speed for speed, _ in points] + [
+        at for line in lines for kind in line.controls if (at := _control_speed(line, kind, key))
+    ]
     low, high = min(*speeds, 0.95), max(*speeds, 1.25)
     ax.set_xlim(low - 0.07 * (high - low), high + 0.12 * (high - low))
     ax.margins(y=0.12)
@@ -210,10 +234,10 @@ def _pareto_panel(ax: Axes, experiment: Experiment, axis: str, key: str, looks: 
     ax._sparing_words = words  # type: ignore[attr-defined]
 
 
-def _control_speed(line: Line, kind: str, key: str) -> float:
-    """A control's own speed where it was measured, else the method's: it spends the same."""
+def _control_speed(line: Line, kind: str, key: str) -> float | None:
+    """A control's own speed, else the method's, because it spends the same; smaller images do not."""
     own = line.control(kind, key)
-    return own.mean if own else float(line.row[key])
+    return own.mean if own else None if kind == "downsample" else float(line.row[key])
 
 
 _FLAT = 0.08  # a phase that the methods of an axis do not change: noise, not a result
@@ -230,7 +254,7 @@ class _Word:
 
 
 def _place_words(ax: Axes) -> None:
-    """Write each word beside its point, where it covers least of points, lines and other words. Greedy, in points (1/72 inch)."""
+    """Write each word beside its point, where it covers least of points, lines and other words: one after the other."""
     scale = 72 / ax.figure.dpi
     box = ax.get_window_extent()
     left, bottom, right, top = box.x0 * scale, box.y0 * scale, box.x1 * scale, box.y1 * scale
@@ -253,11 +277,37 @@ def _place_words(ax: Axes) -> None:
             spots.append((cost, (x0, y0, x1, y1)))
         x0, y0, x1, y1 = min(spots)[1]
         taken.append((x0, y0, x1, y1))
-        ax.annotate(word.text, (word.x, word.y), (x0 - px, y0 - py + 0.2 * word.size), textcoords="offset points", va="baseline", ha="left",
-                    fontsize=word.size, fontweight=word.weight, color=word.colour, zorder=7, annotation_clip=False)
+        ax.annotate(
+            word.text,
+            (word.x, word.y),
+            (x0 - px, y0 - py + 0.2 * word.size),
+            textcoords="offset points",
+            va="baseline",
+            ha="left",
+            fontsize=word.size,
+            fontweight=word.weight,
+            color=word.colour,
+            zorder=7,
+            annotation_clip=False,
+        )
 
 
-_AROUND = ((1, 0), (0, 1), (0, -1), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1), (1, 2), (1, -2), (-1, 2), (-1, -2), (0, 2), (0, -2))
+_AROUND = (
+    (1, 0),
+    (0, 1),
+    (0, -1),
+    (-1, 0),
+    (1, 1),
+    (1, -1),
+    (-1, 1),
+    (-1, -1),
+    (1, 2),
+    (1, -2),
+    (-1, 2),
+    (-1, -2),
+    (0, 2),
+    (0, -2),
+)
 
 
 def _along(ax: Axes, line: Line2D, scale: float) -> Iterator[tuple[float, float]]:
@@ -265,7 +315,7 @@ def _along(ax: Axes, line: Line2D, scale: float) -> Iterator[tuple[float, float]
     if line.get_transform() != ax.transData:
         return
     path = ax.transData.transform(np.column_stack(line.get_data()).astype(float)) * scale
-    for (ax_, ay), (bx, by) in zip(path[:-1], path[1:]):
+    for (ax_, ay), (bx, by) in pairwise(path):
         for t in np.linspace(0, 1, max(2, int(np.hypot(bx - ax_, by - ay) // 4))):
             yield ax_ + t * (bx - ax_), ay + t * (by - ay)
 
@@ -286,6 +336,8 @@ def _draw_control(ax: Axes, kind: str, known: Sequence[tuple[float, Any]]) -> No
         spread = np.array([loss.deviation for _, loss in known])
         ax.fill_between(x, mean - spread, mean + spread, color=RANDOM, alpha=0.25, lw=0, zorder=1.5)
         ax.plot(x, mean, color=RANDOM, lw=1.2, marker=".", ms=5, zorder=2)
+        if len(x) == 1:
+            ax.plot(x * 2, (*(mean - spread), *(mean + spread)), color=RANDOM, alpha=0.5, lw=4, zorder=1.5)
     else:
         colour, dashes, marker = _CONTROL_LOOKS[kind]
         ax.plot(x, mean, color=colour, lw=1.4, ls=dashes, marker=marker, ms=4, mfc=CARD, zorder=2.5)
@@ -299,9 +351,16 @@ _CONTROL_LOOKS: dict[str, tuple[str, Any, str]] = {
 }
 
 
+_SPAN = 5.0  # least height of a loss axis, %
+
+
 def _loss_axis(ax: Axes, losses: Sequence[float]) -> None:
     """Per cent lost; logarithmic above 10 % where a loss of bits per byte runs far beyond 100 %."""
-    if max(losses, default=0) > 150:
+    ax.set_ylim(
+        min(0.0, *losses) - 0.06 * _SPAN, max(_SPAN, *losses)
+    )  # where all lose next to nothing: noise is not stretched
+    ax.autoscale(enable=max(losses) >= _SPAN, axis="y")
+    if max(losses) > 150:
         ax.set_yscale("symlog", linthresh=10, linscale=1.2)
         ticks = [0, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000]
         ax.set_yticks([tick for tick in ticks if tick <= 1.5 * max(losses)])
@@ -317,7 +376,9 @@ def _legend(figure: Figure, lines: Sequence[Line], extra: Sequence[Any] = ()) ->
             handles.append(Patch(color=RANDOM, alpha=0.45, lw=0, label=f"random control, mean ± s.d. of {seeds} seeds"))
         else:
             colour, dashes, marker = _CONTROL_LOOKS[kind]
-            handles.append(Line2D([], [], color=colour, ls=dashes, marker=marker, ms=4, mfc=CARD, label=f"{SPOKEN[kind]} control"))
+            handles.append(
+                Line2D([], [], color=colour, ls=dashes, marker=marker, ms=4, mfc=CARD, label=f"{SPOKEN[kind]} control")
+            )
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), labelcolor=MUTED)
 
@@ -325,13 +386,17 @@ def _legend(figure: Figure, lines: Sequence[Line], extra: Sequence[Any] = ()) ->
 def controls(rows: Sequence[Row]) -> Figure | None:
     """Each method against its own controls, budget by budget: quality loss over `keep`. None where no control ran."""
     found = experiments(rows)
-    methods = [(e, name, [line for line in e.lines if line.label == name and line.ran]) for e in found for name in e.labels]
+    methods = [
+        (e, name, [line for line in e.lines if line.label == name and line.ran]) for e in found for name in e.labels
+    ]
     panels = [(e, name, mine) for e, name, mine in methods if any(line.controls for line in mine)]
     if not panels:
         return None
-    columns, looks = min(len(panels), 4), _looks(found)
+    columns, looks = min(len(panels), 4), looks_of(found)
     with _style():
-        figure, axes = _figure(2.6 * columns + 0.4, 2.7 * -(-len(panels) // columns) + 0.5, -(-len(panels) // columns), columns)
+        figure, axes = _figure(
+            2.6 * columns + 0.4, 2.7 * -(-len(panels) // columns) + 0.5, -(-len(panels) // columns), columns
+        )
         for ax in axes.flat[len(panels) :]:
             ax.set_visible(False)
         for ax, (experiment, name, mine) in zip(axes.flat, panels):
@@ -340,7 +405,11 @@ def controls(rows: Sequence[Row]) -> Figure | None:
             for kind in _ORDER:
                 known = [(budgets.index(line.keep), loss) for line in mine if (loss := line.control(kind))]
                 _draw_control(ax, kind, known)
-            own = [(budgets.index(line.keep), loss) for line in mine if (loss := line.row.get("quality_loss_pct")) is not None]
+            own = [
+                (budgets.index(line.keep), loss)
+                for line in mine
+                if (loss := line.row.get("quality_loss_pct")) is not None
+            ]
             _loss_axis(ax, [loss for _, loss in own] + _control_losses(mine))
             ax.plot([x for x, _ in own], [loss for _, loss in own], color=colour, marker=marker, lw=2, ms=6.5, zorder=5)
             ax.axhline(0, color=INK, lw=0.8, zorder=1)
@@ -355,12 +424,12 @@ def controls(rows: Sequence[Row]) -> Figure | None:
 
 
 def bounds(rows: Sequence[Row]) -> Figure | None:
-    """Realised speed-up (bar) inside what the skipped work allows at best (outline), with their ratio, the efficiency."""
+    """Realised speed-up (bar) inside what the work left allows (pale), with their ratio, the efficiency."""
     found = experiments(rows)
     bars = [(e, line) for e in found for line in e.lines if line.ran and line.row.get("bound") and line.realised]
     if not bars:
         return None
-    looks = _looks(found)
+    looks = looks_of(found)
     with _style():
         figure, axes = _figure(8.6, 0.34 * len(bars) + 0.16 * len({(id(e), b.label) for e, b in bars}) + 1.1)
         ax, y, ticks, names = axes[0, 0], 0.0, [], []
@@ -387,8 +456,13 @@ def bounds(rows: Sequence[Row]) -> Figure | None:
         ax.spines["left"].set_visible(False)
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
         ax.set_xlabel("speed-up against dense")
-        handles = [Patch(color=MUTED, lw=0, label="measured"), Patch(color=MUTED, alpha=0.2, lw=0, label="allowed by the work left (bound)")]
-        ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, labelcolor=MUTED, borderaxespad=0.2)
+        handles = [
+            Patch(color=MUTED, lw=0, label="measured"),
+            Patch(color=MUTED, alpha=0.2, lw=0, label="allowed by the work left (bound)"),
+        ]
+        ax.legend(
+            handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, labelcolor=MUTED, borderaxespad=0.2
+        )
     return figure
 
 
@@ -403,8 +477,8 @@ class Footprint:
         prompt: (layers, tokens) bool: the token of the prompt ran in the layer.
         visual: (tokens,) bool: the token stands for a part of the image.
         steps: (layers, steps) bool: the layer ran when that token was generated.
-        share: (layers,) what is left of a layer: of its visual tokens (of all tokens where there are none, of the generated ones
-            where only they skip), or of its parameters where weights were cut.
+        share: (layers,) what is left of a layer: of its visual tokens (of all tokens where there are none, of the
+            generated ones where only they skip), or of its parameters where weights were cut.
         image: (height, width, 3) uint8, the picture that was asked about; None for text.
     """
 
@@ -422,7 +496,8 @@ class Footprint:
 def compute_map(footprints: Mapping[str, Footprint], title: str = "") -> Figure:
     """Token × layer: what ran, a strip for each budget; beside it how much of every layer is left.
 
-    Prompt tokens stand left (text and visual ones in their colours), generated ones right of the gap; blank cells did not run.
+    Prompt tokens stand left (text and visual ones in their colours), generated ones right of them; pale cells did not
+    run.
     """
     items = list(footprints.items())
     layers, steps = items[0][1].layers, max(print_.steps.shape[1] for _, print_ in items)
@@ -431,7 +506,9 @@ def compute_map(footprints: Mapping[str, Footprint], title: str = "") -> Figure:
     with _style():
         height = min(max(0.13 * layers, 1.15), 4.5)
         widths = [max(tokens, 1), *([max(shown, tokens // 6, 1)] if steps else []), max(tokens, 1) * 0.22]
-        figure, axes = _figure(9.6, (height + 0.62) * len(items) + 0.75, len(items), len(widths), width_ratios=widths, sharey=True)
+        figure, axes = _figure(
+            9.6, (height + 0.62) * len(items) + 0.75, len(items), len(widths), width_ratios=widths, sharey=True
+        )
         for row, (name, seen) in zip(axes, items):
             _cells(row[0], _paint(seen.prompt, np.where(seen.visual, 0, 1), (VISUAL, TEXT)))
             row[0].set_title(name)
@@ -446,9 +523,18 @@ def compute_map(footprints: Mapping[str, Footprint], title: str = "") -> Figure:
         if title:
             figure.suptitle(title, fontweight="bold", x=0.01, ha="left")
         visual, text = any(seen.visual.any() for _, seen in items), any((~seen.visual).any() for _, seen in items)
-        handles = [Patch(color=c, label=n) for c, n, on in ((VISUAL, "visual token ran", visual), (TEXT, "text token ran", text),
-                   (STEP, "generated token ran", bool(steps))) if on]
-        figure.legend(handles=[*handles, Patch(fc=RULE, label="did not run")], loc="outside lower left", ncols=4, labelcolor=MUTED)
+        handles = [
+            Patch(color=c, label=n)
+            for c, n, on in (
+                (VISUAL, "visual token ran", visual),
+                (TEXT, "text token ran", text),
+                (STEP, "generated token ran", bool(steps)),
+            )
+            if on
+        ]
+        figure.legend(
+            handles=[*handles, Patch(fc=RULE, label="did not run")], loc="outside lower left", ncols=4, labelcolor=MUTED
+        )
     return figure
 
 
@@ -464,7 +550,9 @@ def _paint(ran: NDArray[np.bool_], kind: NDArray[Any], colours: tuple[str, ...])
 
 def _cells(ax: Axes, cells: NDArray[np.float64]) -> None:
     layers, tokens = cells.shape[:2]
-    ax.imshow(cells, aspect="auto", interpolation="nearest", extent=(0, max(tokens, 1), layers - 0.5, -0.5), origin="upper")
+    ax.imshow(
+        cells, aspect="auto", interpolation="nearest", extent=(0, max(tokens, 1), layers - 0.5, -0.5), origin="upper"
+    )
     for layer in range(1, layers):
         ax.axhline(layer - 0.5, color=CARD, lw=min(1.2, 14 / layers))
     ax.grid(visible=False)
@@ -481,8 +569,15 @@ def _share_bars(ax: Axes, share: NDArray[np.float64]) -> None:
     ax.spines[:].set_visible(False)
 
 
-def budgets(shares: Mapping[str, Mapping[str, NDArray[np.float64]]]) -> Figure:
-    """How much of each layer is left: a row for each method, a column for each of its budgets, a bar for each layer."""
+def budgets(
+    shares: Mapping[str, Mapping[str, NDArray[np.float64]]], colours: Mapping[str, str] | None = None
+) -> Figure:
+    """How much of each layer is left: a row for each method, a column for each of its budgets, a bar for each layer.
+
+    Args:
+        shares: method -> budget -> (layers,) share.
+        colours: of the methods, where they have some already.
+    """
     columns = max(len(mine) for mine in shares.values())
     with _style():
         figure, axes = _figure(2.7 * columns + 1.0, 1.55 * len(shares) + 0.5, len(shares), columns, sharey=True)
@@ -490,7 +585,7 @@ def budgets(shares: Mapping[str, Mapping[str, NDArray[np.float64]]]) -> Figure:
             for ax in row[len(mine) :]:
                 ax.set_visible(False)
             for j, (ax, (budget, share)) in enumerate(zip(row, mine.items())):
-                colour = SERIES[i % len(SERIES)]
+                colour = (colours or {}).get(name, SERIES[i % len(SERIES)])
                 ax.bar(range(len(share)), np.ones(len(share)), 0.78, color=colour, alpha=0.13, lw=0)
                 ax.bar(range(len(share)), share, 0.78, color=colour, lw=0)
                 ax.set_title(f"{name}  {budget}" if j == 0 else budget, color=colour)
@@ -505,7 +600,7 @@ def budgets(shares: Mapping[str, Mapping[str, NDArray[np.float64]]]) -> Figure:
 
 
 def kept(footprints: Mapping[str, Footprint], most: int = 5) -> Figure | None:
-    """The picture at some layers, patches whose visual token no longer runs darkened; a row for each budget. None without a picture."""
+    """The picture at some layers, patches that no longer run darkened, a row for each budget; None without one."""
     items = [(name, seen) for name, seen in footprints.items() if seen.image is not None and seen.visual.any()]
     items = [(name, seen) for name, seen in items if _square(int(seen.visual.sum()), seen.image)]
     if not items:
@@ -520,7 +615,9 @@ def kept(footprints: Mapping[str, Footprint], most: int = 5) -> Figure | None:
             for ax, layer in zip(row, layers):
                 alive = seen.prompt[layer][seen.visual]
                 ax.imshow(_veiled(seen.image, alive), interpolation="nearest")
-                ax.set_title(f"layer {layer}: {int(alive.sum())}", fontsize=8.5, fontweight="normal", loc="center", pad=4)
+                ax.set_title(
+                    f"layer {layer}: {int(alive.sum())}", fontsize=8.5, fontweight="normal", loc="center", pad=4
+                )
                 ax.set_xticks([])
                 ax.set_yticks([])
                 ax.grid(visible=False)
@@ -530,7 +627,7 @@ def kept(footprints: Mapping[str, Footprint], most: int = 5) -> Figure | None:
 
 
 def _square(tokens: int, image: NDArray[np.uint8] | None) -> tuple[int, int] | None:
-    """(rows, columns) of the patches of a picture, as near to its shape as the count of tokens allows; None if nothing fits."""
+    """(rows, columns) of the patches, as near to the picture's shape as their number allows; None if nothing fits."""
     if image is None or not tokens:
         return None
     ratio = image.shape[0] / image.shape[1]

@@ -1,4 +1,4 @@
-"""The result of a comparison for people: a table in the terminal, and one HTML file that needs nothing but a browser."""
+"""The result of a comparison for people: a table in the terminal, and one HTML file that needs only a browser."""
 
 from __future__ import annotations
 
@@ -71,10 +71,18 @@ _COLUMNS: tuple[tuple[str, str, Any], ...] = (
 def _shown(experiment: Experiment, among: Iterable[str] | None = None) -> list[tuple[str, str, Any]]:
     """The columns that hold something."""
     columns = [column for column in _COLUMNS if among is None or column[0] in among]
-    filled = [c for c in columns if c[0] in ("keep", "quality") or any(c[2](experiment, line) != "–" for line in experiment.lines)]
+    filled = [
+        c
+        for c in columns
+        if c[0] in ("keep", "quality", "loss %") or any(c[2](experiment, line) != "–" for line in experiment.lines)
+    ]
     if len({line.row.get("size_mb") for line in experiment.lines}) < 2:
         filled = [column for column in filled if column[0] != "size"]
     return filled
+
+
+def _metric(experiment: Experiment) -> str:
+    return f"{METRICS.get(experiment.metric, experiment.metric)}, {summary.direction(experiment.metric)}"
 
 
 def _dense_cell(experiment: Experiment, head: str) -> str:
@@ -111,42 +119,85 @@ class _Fitting:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for experiment in self.found:
-            tables = (_terminal_table(experiment, heads, spread) for heads, spread in _DETAIL)
-            wide = options.update(max_width=10_000)
-            fits = (table for table in tables if console.measure(table, options=wide).minimum + 2 <= options.max_width)
-            yield next(fits, _terminal_table(experiment, *_DETAIL[-1]))
+            yield next(
+                table
+                for heads, spread in _DETAIL
+                if (table := _terminal_table(experiment, heads, spread, options.max_width))
+            )
             yield Text()
         if any(line.controls for experiment in self.found for line in experiment.lines):
             yield Text("random, uniform, down-s., oracle: what a control of the same budget loses, in %.", style="dim")
 
 
-_ALL = ("keep", "quality", "loss %", "random", "uniform", "down-s.", "oracle", "prefill", "decode", "bound", "efficiency")
+_ALL = (
+    "keep",
+    "quality",
+    "loss %",
+    "random",
+    "uniform",
+    "down-s.",
+    "oracle",
+    "prefill",
+    "decode",
+    "bound",
+    "efficiency",
+)
 _SOME = ("keep", "quality", "loss %", "random", "uniform", "prefill", "decode", "efficiency")
 _FEW = ("keep", "loss %", "random", "prefill", "decode")
-_DETAIL = ((_ALL, True), (_ALL, False), (_SOME, False), (_FEW, False), (("keep", "loss %", "prefill"), False))
+_DETAIL = (
+    (_ALL, True),
+    (_ALL, False),
+    (_SOME, False),
+    (_FEW, False),
+    (("keep", "loss %", "prefill"), False),
+    (("keep", "loss %"), False),
+)
+_VERDICT = 24  # least width of a verdict, characters
 
 
-def _terminal_table(experiment: Experiment, heads: Sequence[str], spread: bool) -> Table:
+def _terminal_table(experiment: Experiment, heads: Sequence[str], spread: bool, width: int) -> Table | None:
+    """The table with these columns; None if it needs more than `width` characters and fewer columns could help."""
     columns = _shown(experiment, heads)
-    title = f"{experiment.model} · {experiment.task} · {METRICS.get(experiment.metric, experiment.metric)}, {summary.direction(experiment.metric)}"
-    table = Table(title=Text(title, style="bold"), title_justify="left", header_style="bold", pad_edge=False, box=None)
-    longest = max((len(label) for label in experiment.labels), default=0)
-    table.add_column("method", overflow="fold", min_width=min(longest, 24))
-    for head, _, _ in columns:
-        table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("verdict", overflow="fold", min_width=20)
+
+    def texts(name: str, cells: Iterable[str]) -> list[str]:
+        return [name, *(cell if spread else cell.partition(" [")[0] for cell in cells)]
+
+    body = [(texts(x.label, (cell(experiment, x) for _, _, cell in columns)), x.verdict) for x in experiment.lines]
     if experiment.dense is not None:
-        texts = [_dense_cell(experiment, head) for head, _, _ in columns]
-        cells = [Text(text if spread else text.partition(" [")[0]) for text in texts]
-        table.add_row(Text("dense", style="bold"), *cells, Text("reference", style="dim"))
+        body.insert(
+            0, (texts("dense", (_dense_cell(experiment, head) for head, _, _ in columns)), ("reference", "quiet"))
+        )
+    widths = [
+        max(map(len, column))
+        for column in zip(["method", *(head for head, _, _ in columns)], *(row for row, _ in body))
+    ]
+    room = width - sum(widths) - 2 * len(widths)
+    if room < _VERDICT and len(heads) > len(_DETAIL[-1][0]):
+        return None
+    if room < _VERDICT:  # the narrowest form: fold the names
+        widths[0] = max(8, widths[0] + room - _VERDICT)
+        room = max(8, width - sum(widths) - 2 * len(widths))
+    longest = max([len("verdict"), *(len(words) for _, (words, _) in body)])
+
+    title = f"{experiment.name} · {experiment.task} · {_metric(experiment)}"
+    table = Table(
+        title=Text(title, style="bold"),
+        title_justify="left",
+        header_style="bold",
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+        box=None,
+    )
+    table.add_column("method", overflow="fold", width=widths[0])
+    for (head, _, _), wide in zip(columns, widths[1:]):
+        table.add_column(head, justify="right", no_wrap=True, width=wide)
+    table.add_column("verdict", overflow="fold", width=min(room, longest))
     previous = None
-    for line in experiment.lines:
-        words, tone = line.verdict
-        name = Text(line.label if line.label != previous else "", style="bold")
-        texts = [cell(experiment, line) for _, _, cell in columns]
-        cells = [Text(text if spread else text.partition(" [")[0]) for text in texts]
-        table.add_row(name, *cells, Text(words, style=_TONES[tone]))
-        previous = line.label
+    for (name, *cells), (words, tone) in body:
+        table.add_row(
+            Text(name if name != previous else "", style="bold"), *map(Text, cells), Text(words, style=_TONES[tone])
+        )
+        previous = name
     return table
 
 
@@ -165,7 +216,8 @@ def slug(text: str) -> str:
 def write(rows: Sequence[Row], out: Path, pictures: Mapping[str, Figure] | None = None) -> Path:
     """Writes `report.html` and the pictures, as PNG and SVG, into `out`.
 
-    Pictures of what ran that an earlier call left in `out` are shown again, so a resumed comparison need not draw them twice.
+    Pictures of what ran that an earlier call left in `out` are shown again, so a resumed comparison need not draw them
+    twice.
 
     Args:
         rows: of one or several comparisons.
@@ -180,7 +232,9 @@ def write(rows: Sequence[Row], out: Path, pictures: Mapping[str, Figure] | None 
     rows = list(rows)
     if not rows:
         raise Error("rows: there is nothing to report yet")
-    drawn = {"pareto": draw.pareto(rows), "controls": draw.controls(rows), "bounds": draw.bounds(rows)} | dict(pictures or {})
+    drawn = {"pareto": draw.pareto(rows), "controls": draw.controls(rows), "bounds": draw.bounds(rows)} | dict(
+        pictures or {}
+    )
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, figure in drawn.items():
@@ -210,21 +264,27 @@ def html(rows: Sequence[Row], gallery: Mapping[str, str]) -> str:
     from markupsafe import Markup
 
     found = experiments(rows)
-    environment = Environment(loader=PackageLoader("sparing.bench", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("sparing.bench", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     script = _SCRIPT.strip()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     labels = list(dict.fromkeys(label for e in found for label in e.labels))
     return environment.get_template("report.html.j2").render(
-        title=" · ".join(f"{e.model} on {e.task}" for e in found),
+        title=" · ".join(f"{e.name} on {e.task}" for e in found),
         date=datetime.now().astimezone().strftime("%-d %B %Y, %H:%M"),
         opening=summary.opening(found),
-        best=[(axis, AXES.get(axis, axis), e, [b for b in summary.best(e) if b.line.axis == axis]) for e in found for axis in e.axes],
-        findings=[(e.model if len(found) > 1 else "", *pair) for e in found for pair in summary.findings(e)],
+        best=[
+            (axis, AXES.get(axis, axis), e, [b for b in summary.best(e) if b.line.axis == axis])
+            for e in found
+            for axis in e.axes
+        ],
+        findings=[(e.name if len(found) > 1 else "", *pair) for e in found for pair in summary.findings(e)],
         tables=[_table(e) for e in found],
         figures={name: Markup(_unique(svg, name)) for name, svg in gallery.items()},
         maps=[(label, f"map-{slug(label)}") for label in labels if f"map-{slug(label)}" in gallery],
         kept=[(label, f"kept-{slug(label)}") for label in labels if f"kept-{slug(label)}" in gallery],
-        budgets=[(e.model, f"budgets-{slug(e.model)}") for e in found if f"budgets-{slug(e.model)}" in gallery],
+        budgets=[(e.name, f"budgets-{slug(e.model)}") for e in found if f"budgets-{slug(e.model)}" in gallery],
         facts=_facts(rows),
         percent=percent,
         script=Markup(script),
@@ -233,7 +293,8 @@ def html(rows: Sequence[Row], gallery: Mapping[str, str]) -> str:
 
 
 def _unique(svg: str, prefix: str) -> str:
-    """An SVG whose ids cannot meet those of another one on the page."""
+    """An SVG whose ids cannot meet those of another one on the page; HTML needs no namespaces."""
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg, count=2)
     prefix = re.sub(r"[^A-Za-z0-9]", "-", prefix)
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', svg)
     svg = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}-\1"', svg)
@@ -242,16 +303,31 @@ def _unique(svg: str, prefix: str) -> str:
 
 def _table(experiment: Experiment) -> dict[str, Any]:
     columns = _shown(experiment)
-    lines = []
+    lines: list[dict[str, Any]] = []
     if experiment.dense is not None:
-        lines.append({"name": "dense", "cells": [_dense_cell(experiment, c[0]) for c in columns], "verdict": "reference", "tone": "quiet"})
+        lines.append(
+            {
+                "name": "dense",
+                "cells": [_dense_cell(experiment, c[0]) for c in columns],
+                "verdict": "reference",
+                "tone": "quiet",
+            }
+        )
     for line in experiment.lines:
         words, tone = line.verdict
-        lines.append({"name": line.label, "cells": [c[2](experiment, line) for c in columns], "verdict": words, "tone": tone, "note": line.row.get("note")})
+        lines.append(
+            {
+                "name": line.label,
+                "cells": [c[2](experiment, line) for c in columns],
+                "verdict": words,
+                "tone": tone,
+                "note": line.row.get("note"),
+            }
+        )
     return {
-        "model": experiment.model,
+        "model": experiment.name,
         "task": experiment.task,
-        "metric": f"{METRICS.get(experiment.metric, experiment.metric)}, {summary.direction(experiment.metric)}",
+        "metric": _metric(experiment),
         "heads": [(head, meaning, head in SPOKEN.values() or head == "down-s.") for head, meaning, _ in columns],
         "lines": lines,
     }
@@ -267,7 +343,13 @@ def _facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
     for row in rows:
         for name, version in (row.get("versions") or {}).items():
             versions.setdefault(name, {})[str(version)] = None
-    facts = [("Device", every("device")), ("Number type", every("dtype")), ("Seeds", every("seed"))]
+    facts = [
+        ("Model", every("model")),
+        ("Task", every("task")),
+        ("Device", every("device")),
+        ("Number type", every("dtype")),
+        ("Seeds", every("seed")),
+    ]
     facts += [(name, ", ".join(found)) for name, found in versions.items()]
     spent = sum(row.get("seconds") or 0 for row in rows)
     facts.append(("Time measured", f"{spent / 60:.1f} minutes in {len(rows)} rows"))
@@ -275,11 +357,14 @@ def _facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 _SCRIPT = """
+const value = text => isNaN(parseFloat(text)) ? text : parseFloat(text);
+const rank = (a, b) => typeof a === typeof b ? (a < b ? -1 : a > b ? 1 : 0) : typeof a === "number" ? -1 : 1;
 for (const head of document.querySelectorAll("th[data-sort]")) head.addEventListener("click", () => {
-  const body = head.closest("table").tBodies[0], at = head.cellIndex, up = head.getAttribute("aria-sort") !== "ascending";
-  const key = row => { const text = row.cells[at].textContent.trim(), number = parseFloat(text); return isNaN(number) ? text : number; };
-  const rank = (a, b) => (typeof a === typeof b ? (a < b ? -1 : a > b ? 1 : 0) : typeof a === "number" ? -1 : 1);
-  const rows = [...body.rows].filter(row => !row.classList.contains("dense")).sort((a, b) => (up ? 1 : -1) * rank(key(a), key(b)));
+  const body = head.closest("table").tBodies[0], at = head.cellIndex;
+  const up = head.getAttribute("aria-sort") !== "ascending";
+  const key = row => value(row.cells[at].textContent.trim());
+  const rows = [...body.rows].filter(row => !row.classList.contains("dense"));
+  rows.sort((a, b) => (up ? 1 : -1) * rank(key(a), key(b)));
   for (const other of head.parentNode.cells) other.removeAttribute("aria-sort");
   head.setAttribute("aria-sort", up ? "ascending" : "descending");
   body.append(...rows);

@@ -24,7 +24,7 @@ class Spread:
     seeds: int
 
     @classmethod
-    def of(cls, values: Iterable[float]) -> Spread | None:
+    def of(cls, values: Iterable[float | None]) -> Spread | None:
         known = [value for value in values if value is not None and math.isfinite(value)]
         return cls(fmean(known), stdev(known) if len(known) > 1 else 0.0, len(known)) if known else None
 
@@ -61,16 +61,14 @@ class Line:
 
     @property
     def rivals(self) -> tuple[str, ...]:
-        """Controls that this method does not beat: ahead of it, or within the spread of the random one's seeds."""
+        """Controls that are ahead of this method, and the random one if the method is within its spread."""
         loss = self.row.get("quality_loss_pct")
+        found = {kind: rival for kind in RIVALS if (rival := self.control(kind)) is not None}
         if loss is None:
             return ()
-        ahead = []
-        for kind in RIVALS:
-            rival = self.control(kind)
-            if rival is not None and loss > rival.mean - (rival.deviation if kind == "random" else 0):
-                ahead.append(kind)
-        return tuple(ahead)
+        return tuple(
+            kind for kind, c in found.items() if (loss >= c.mean - c.deviation if kind == "random" else loss > c.mean)
+        )
 
     @property
     def verdict(self) -> tuple[str, str]:
@@ -84,8 +82,15 @@ class Line:
             others = [kind for kind in RIVALS if kind != "downsample" and self.control(kind) is not None]
             parts, tone = ["beats random and uniform" if len(others) == 2 else "beats random"], "good"
         elif beats is False:
-            counted = [SPOKEN[kind] for kind in rivals if kind != "downsample"]
-            parts, tone = [f"LOSES to {_listed(counted or ['its control'])}"], "bad"
+            random = self.control("random")
+            ahead = [
+                k
+                for k in rivals
+                if k == "uniform" or (k == "random" and random and self.row["quality_loss_pct"] > random.mean)
+            ]
+            parts, tone = ["no better than random"] if "random" in rivals and "random" not in ahead else [], "bad"
+            if ahead or not parts:
+                parts.append(f"LOSES to {_listed(ahead or ['its control'])}")
         if beats is not None and "downsample" in rivals:
             parts, tone = [*parts, "LOSES to down-sampling"], "bad" if tone == "bad" else "warn"
         if self.row.get("slower_than_dense"):
@@ -104,6 +109,11 @@ class Experiment:
     task: str
     dense: Row | None
     lines: tuple[Line, ...]
+
+    @property
+    def name(self) -> str:
+        """The model, a folder by its last part."""
+        return self.model.rstrip("/").rpartition("/")[2] if self.model.startswith((".", "/", "~")) else self.model
 
     @property
     def rows(self) -> list[Row]:
@@ -184,14 +194,19 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 def opening(found: Sequence[Experiment]) -> str:
     """What was measured, and on which machine, as one paragraph."""
     rows = [row for experiment in found for row in experiment.rows]
-    what = [f"{_listed(experiment.labels or ('nothing',))} on {experiment.model} ({experiment.task})" for experiment in found]
+    what = [
+        f"{_listed(experiment.labels or ('nothing',))} on {experiment.name} ({experiment.task})" for experiment in found
+    ]
     budgets = len({(line.label, line.keep, e.model) for e in found for line in e.lines})
     kinds = [SPOKEN[kind] for kind in SPOKEN if any(kind in line.controls for e in found for line in e.lines)]
     beside = f" and {_listed(kinds)} controls of the same budget" if kinds else ""
-    where = _listed(list(dict.fromkeys(f"{row.get('device')} in {row.get('dtype')}" for row in rows if row.get("device"))) or ["this machine"])
+    where = _listed(
+        list(dict.fromkeys(f"{row.get('device')} in {row.get('dtype')}" for row in rows if row.get("device")))
+        or ["this machine"]
+    )
     return (
-        f"Measured: {'; '.join(what)}. {budgets} settings in all ran beside the dense model{beside}: same inputs, same process, "
-        f"taking turns, on {where}."
+        f"Measured: {'; '.join(what)}. {budgets} settings in all ran beside the dense model{beside}: "
+        f"same inputs, same process, taking turns, on {where}."
     )
 
 
@@ -209,10 +224,22 @@ class Best:
         loss = self.line.row["quality_loss_pct"]
         if abs(loss) < 0.05:
             return "loses nothing"
-        unit = "bits per byte" if self.experiment.metric == "bits_per_byte" else METRICS.get(self.experiment.metric, "quality")
+        unit = (
+            "bits per byte"
+            if self.experiment.metric == "bits_per_byte"
+            else METRICS.get(self.experiment.metric, "quality")
+        )
         if loss < 0:
-            return f"gains {-loss:.1f} % {unit}" if self.experiment.metric != "bits_per_byte" else f"saves {-loss:.1f} % {unit}"
-        return f"adds {loss:.1f} % {unit}" if self.experiment.metric == "bits_per_byte" else f"loses {loss:.1f} % of the {unit}"
+            return (
+                f"gains {-loss:.1f} % {unit}"
+                if self.experiment.metric != "bits_per_byte"
+                else f"saves {-loss:.1f} % {unit}"
+            )
+        return (
+            f"adds {loss:.1f} % {unit}"
+            if self.experiment.metric == "bits_per_byte"
+            else f"loses {loss:.1f} % of the {unit}"
+        )
 
     @property
     def speed(self) -> tuple[str, float] | None:
@@ -227,20 +254,27 @@ def best(experiment: Experiment) -> list[Best]:
     for axis in experiment.axes:
         lines = experiment.of(axis)
         for keep in sorted({line.keep for line in lines}, reverse=True):
-            known = [line for line in lines if line.keep == keep and line.ran and line.row.get("quality_loss_pct") is not None]
+            known = [
+                line
+                for line in lines
+                if line.keep == keep and line.ran and line.row.get("quality_loss_pct") is not None
+            ]
             if known:
-                first = min(known, key=lambda line: (line.row["quality_loss_pct"], -(line.row.get("prefill_speedup") or 0)))
+                first = min(
+                    known, key=lambda line: (line.row["quality_loss_pct"], -(line.row.get("prefill_speedup") or 0))
+                )
                 found.append(Best(experiment, first, len(known)))
     return found
 
 
 def findings(experiment: Experiment) -> list[tuple[str, str]]:
-    """(tone, sentence): the reference, then whatever a reader must not overlook: losses to controls, slowness, failures."""
+    """(tone, sentence): the reference, then what a reader must not overlook: lost to controls, slow, failed."""
     said = []
     if experiment.dense is not None:
         value = quality(experiment.dense.get("quality"), experiment.metric)
         has = {"accuracy": f"reaches an accuracy of {value}", "bits_per_byte": f"needs {value} bits per byte"}
-        said.append(("quiet", f"The dense model {has.get(experiment.metric, f'has {experiment.metric} {value}')} on {experiment.task}."))
+        words = has.get(experiment.metric, f"has {experiment.metric} {value}")
+        said.append(("quiet", f"The dense model {words} on {experiment.task}."))
     return said + _complaints(experiment.lines)
 
 
@@ -249,7 +283,9 @@ def _complaints(lines: Sequence[Line]) -> list[tuple[str, str]]:
     losers = [line for line in compared if line.row["beats_control"] is False or "downsample" in line.rivals]
     said = []
     if losers:
-        said.append(("bad", f"Not better than a control of the same budget: {_listed([_against(line) for line in losers])}."))
+        said.append(
+            ("bad", f"Not better than a control of the same budget: {_listed([_against(line) for line in losers])}.")
+        )
     elif compared:
         said.append(("good", f"All {len(compared)} settings that have a control of the same budget beat it."))
     for words, tone, chosen in (

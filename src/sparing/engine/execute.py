@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparing.engine.ragged import RaggedLayer, Tap, ragged
+from sparing.engine.ragged import RaggedLayer, Tap, check_dynamic, ragged
 from sparing.engine.stream import Stream, StreamMethod, pack, take
 from sparing.engine.view import View
 from sparing.grid.method import Error
@@ -109,6 +109,14 @@ class Pass:
         return columns[None, :] >= prompt.reshape(-1, 1)
 
     @functools.cached_property
+    def prompt_BT(self) -> Tensor:
+        """(B, T) bool: unpadded prompt columns."""
+        here = torch.ones(self.batch, self.width, dtype=torch.bool, device=self.device)
+        if self.pad_BT is not None:
+            here = here & self.pad_BT
+        return here if isinstance(self.generated_BT, bool) else here & ~self.generated_BT
+
+    @functools.cached_property
     def queries_BT(self) -> Tensor:
         labels = self.inputs.get("labels")
         if labels is not None and torch.is_grad_enabled():
@@ -117,13 +125,8 @@ class Pass:
             before[:, :-1] = answer[:, 1:] & ~answer[:, :-1]
             if bool(before.any(1).all()):
                 return before
-        here = torch.ones(self.batch, self.width, dtype=torch.bool, device=self.device)
-        if self.pad_BT is not None:
-            here = here & self.pad_BT
-        if not isinstance(self.generated_BT, bool):
-            here = here & ~self.generated_BT
         columns = torch.arange(self.width, device=self.device)
-        last_B = torch.where(here, columns, -1).max(1).values
+        last_B = torch.where(self.prompt_BT, columns, -1).max(1).values
         return columns[None, :] == last_B[:, None]
 
     @functools.cached_property
@@ -227,6 +230,8 @@ class Pass:
         sub = stream.bypassed_attention is not False or stream.bypassed_mlp is not False
         self._tap = Tap(cache)
         if stream._watch is not None:
+            if entry is not None:
+                check_dynamic(entry)
             kwargs["past_key_values"] = self._tap
         whole = stream.whole and slot is None and not stream._compact
         if whole and not sub and not isinstance(entry, RaggedLayer):

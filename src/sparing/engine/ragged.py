@@ -118,6 +118,15 @@ class RaggedLayer(DynamicLayer):
         self.shift = None
 
 
+def check_dynamic(entry: Any) -> None:
+    """Refuse cache layers of a fixed layout."""
+    if not isinstance(entry, RaggedLayer) and type(entry) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        raise Error(
+            f"past_key_values: {type(entry).__name__} has a fixed layout; a stream whose layers hold different tokens "
+            "needs a DynamicCache (the default of generate)"
+        )
+
+
 def ragged(cache: Cache, layer: int, batch: int, device: torch.device, pad_BT: Tensor | None) -> RaggedLayer:
     """Layer `layer` of a dynamic cache as a RaggedLayer, converted in place at first use."""
     grow: Any = getattr(cache, "layer_class_to_replicate", None)
@@ -126,11 +135,7 @@ def ragged(cache: Cache, layer: int, batch: int, device: torch.device, pad_BT: T
     entry: Any = cache.layers[layer]
     if isinstance(entry, RaggedLayer):
         return entry
-    if type(entry) not in (DynamicLayer, DynamicSlidingWindowLayer):
-        raise Error(
-            f"past_key_values: {type(entry).__name__} has a fixed layout; a stream whose layers hold different tokens "
-            "needs a DynamicCache (the default of generate)"
-        )
+    check_dynamic(entry)
     new = RaggedLayer(entry, int(entry.get_seq_length()), batch, device, pad_BT)
     cache.layers[layer] = new
     return new

@@ -140,9 +140,19 @@ class Stream:
     def queries(self) -> Tensor:
         """(B, N) bool: the rows whose attention ranks visual tokens.
 
-        The last prompt token of each sample; in training (labels given) every token just before an answer span.
+        The last prompt token of each sample (if it has left: the last one alive); in training (labels given) every token
+        just before an answer span.
         """
-        return self._memo("queries", lambda: self._pick(self._work.queries_BT))
+        return self._memo("queries", self._asking)
+
+    def _asking(self) -> Tensor:
+        asking = self._pick(self._work.queries_BT)
+        if self.whole or bool(asking.any(1).all()):
+            return asking
+        alive = self._pick(self._work.prompt_BT)
+        columns = torch.arange(alive.shape[1], device=alive.device)
+        last_B1 = torch.where(alive, columns, -1).max(1, keepdim=True).values
+        return asking | ((columns == last_B1) & ~asking.any(1, keepdim=True))
 
     @property
     def oracle(self) -> Tensor:

@@ -84,6 +84,6 @@ def finetune(
                 schedule.step()
                 optimizer.zero_grad(set_to_none=True)
                 bar.update()
-                bar.set_postfix(loss=f"{float(loss):.3f}")
+                bar.set_postfix(loss=f"{loss.item():.3f}")
     bar.close()
     return {f"weight.{n}": p.detach().clone() for n, p in student.named_parameters() if p.requires_grad}

@@ -149,8 +149,8 @@ class View:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.decoder = self._find_decoder(model)
-        self.config: Any = getattr(self.decoder, "config", None) or model.config
         self.stack = self._find_stack(self.decoder)
+        self.config: Any = getattr(self.decoder, "config", None) or model.config
         self.layers = [self._layer(i, m) for i, m in enumerate(self.stack)]
         whole: Any = getattr(model, "config", None)
         self.image_token_id: int | None = getattr(whole, "image_token_id", getattr(whole, "image_token_index", None))

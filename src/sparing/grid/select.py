@@ -165,5 +165,5 @@ def soft_top_k(score_BN: Tensor, k: int | Tensor, sharpness: float | None = None
 
 
 def straight_through(mask: Tensor) -> Tensor:
-    """A factor that is exactly 1 forward and has the gradient of `mask`: 1 + m - stop(m)."""
-    return 1 + mask - mask.detach()
+    """A factor that is exactly 1 forward and has the gradient of `mask`: 1 + (m - stop(m))."""
+    return 1 + (mask - mask.detach())

@@ -172,7 +172,7 @@ def train(
     resume: bool = True,
     threads: int | None = None,
     read_steps: int = 2400,
-    ask_steps: int = 2400,
+    ask_steps: int = 1600,
     batch: int = 16,
     learning_rate: float = 1.2e-3,
     save_every: int = 200,

@@ -1,0 +1,30 @@
+"""Tiny random models of real architectures, and inputs that are off the origin: padded, unequal, batched."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+import transformers
+from tests.models import build
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def llama() -> transformers.PreTrainedModel:
+    return build("llama")
+
+
+@pytest.fixture(scope="session")
+def llava() -> transformers.PreTrainedModel:
+    return build("llava")

@@ -1,0 +1,130 @@
+"""Builds the tiny models that tests run on, and prompts for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import Tensor
+
+LAYERS = 6
+VOCAB = 120
+IMAGE = 118  # token id of one visual token
+VISUAL = 16  # visual tokens of one image, a 4 x 4 grid
+TEXT = ("llama", "qwen3", "gemma3")
+VISION = ("llava", "qwen2.5-vl")
+ARCHITECTURES = (*TEXT, *VISION)
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "max_position_embeddings": 256,
+}
+
+
+def build(name: str, dtype: torch.dtype = torch.float32) -> hf.PreTrainedModel:
+    """A tiny random model of architecture `name`, in eval mode, weights large enough that attention is not flat."""
+    torch.manual_seed(1)
+    model: Any
+    if name == "llama":
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(**_SIZES))
+    elif name == "qwen3":
+        model = hf.Qwen3ForCausalLM(hf.Qwen3Config(**_SIZES, head_dim=16))
+    elif name == "gemma3":
+        kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+        model = hf.Gemma3ForCausalLM(
+            hf.Gemma3TextConfig(**_SIZES, head_dim=16, sliding_window=8, layer_types=kinds, query_pre_attn_scalar=16)
+        )
+    elif name == "llava":
+        vision = hf.CLIPVisionConfig(
+            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+        )
+        model = hf.LlavaForConditionalGeneration(
+            hf.LlavaConfig(
+                vision_config=vision, text_config=hf.LlamaConfig(**_SIZES), image_token_id=IMAGE, vision_feature_layer=-1
+            )
+        )
+    elif name == "qwen2.5-vl":
+        config = hf.Qwen2_5_VLConfig(
+            text_config={
+                **_SIZES,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+            },
+            vision_config={
+                "depth": 2,
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_heads": 2,
+                "out_hidden_size": 32,
+                "patch_size": 4,
+                "window_size": 16,
+                "fullatt_block_indexes": [1],
+            },
+            image_token_id=IMAGE,
+            video_token_id=VOCAB - 1,
+            vision_start_token_id=VOCAB - 3,
+            pad_token_id=0,
+            bos_token_id=1,
+        )
+        model = hf.Qwen2_5_VLForConditionalGeneration(config)
+        model.generation_config.eos_token_id = None
+    else:
+        raise ValueError(name)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 2:
+                p.mul_(4)
+    return model.eval().to(dtype)
+
+
+def prompt(name: str, lengths: tuple[int, ...] = (7, 5), *, side: str = "left", seed: int = 0) -> dict[str, Tensor]:
+    """A padded batch: for each length that many text tokens, around one image where the model sees.
+
+    side: "left", "right" or "none" (all samples as long as the longest).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    longest = max(lengths)
+    for length in lengths:
+        text = torch.randint(2, VOCAB - 5, (longest,), generator=generator)
+        text = text if side == "none" else text[:length]
+        if name in VISION:
+            image = torch.full((VISUAL,), IMAGE)
+            rows.append(torch.cat([text[:2], image, text[2:]]))
+        else:
+            rows.append(text)
+    width = max(len(r) for r in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        at = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[i, at], mask[i, at] = row, 1
+    out = {"input_ids": ids, "attention_mask": mask}
+    if name == "llava":
+        out["pixel_values"] = torch.randn(len(rows), 3, 32, 32, generator=generator)
+    if name == "qwen2.5-vl":
+        # 8 x 8 patches of 2 x 3 x 4 x 4 values a frame pair, merged 2 x 2 to 16 tokens
+        out["pixel_values"] = torch.randn(len(rows) * 64, 3 * 2 * 4 * 4, generator=generator)
+        out["image_grid_thw"] = torch.tensor([[1, 8, 8]] * len(rows))
+        out["mm_token_type_ids"] = (ids == IMAGE).int()
+    return out
+
+
+def single(name: str, batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+    """One sample of a batch, without padding."""
+    keep = batch["attention_mask"][row].bool()
+    out = {k: batch[k][row : row + 1, keep] for k in ("input_ids", "attention_mask", "mm_token_type_ids") if k in batch}
+    if name == "llava":
+        out["pixel_values"] = batch["pixel_values"][row : row + 1]
+    if name == "qwen2.5-vl":
+        out["pixel_values"] = batch["pixel_values"][row * 64 : row * 64 + 64]
+        out["image_grid_thw"] = batch["image_grid_thw"][row : row + 1]
+    return out

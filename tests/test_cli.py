@@ -1,0 +1,335 @@
+"""The command line: what it offers, that it works end to end, and that a mistake costs one line and no traceback."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.main import get_command
+from typer.testing import CliRunner, Result
+
+import sparing
+from sparing import cli, lab
+from tests.models import build
+
+WORDS = [f"w{i}" for i in range(100)]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny text model with a tokenizer of whole words."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    words = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(["<pad>", "<bos>", "<unk>", *WORDS])}, unk_token="<unk>")
+    )
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    build("llama").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<bos>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    file.write_text(" ".join(WORDS[(7 * i * i) % 100] for i in range(1500)))
+    return file
+
+
+# --------------------------------------------------------------------------- what it offers
+
+
+def test_the_command_line_is_pinned() -> None:
+    """Scripts depend on these: adding is fine, renaming is a breaking change."""
+
+    def options(command: Any) -> set[str]:
+        return {name for p in command.params for name in p.opts if name.startswith("--") and name != "--help"}
+
+    root: Any = get_command(cli.app)
+    found = {name: options(command) for name, command in root.commands.items() if name != "lab"}
+    found |= {f"lab {name}": options(command) for name, command in root.commands["lab"].commands.items()}
+    where = {"--device", "--dtype"}
+    assert found == {
+        "methods": {"--axis", "--json"},
+        "compare": {
+            "--out",
+            "--task",
+            "--method",
+            "--keep",
+            "--resume",
+            "--seed",
+            "--repeats",
+            "--limit",
+            "--no-controls",
+            *where,
+        },
+        "report": {"--out"},
+        "show": {"--method", "--keep", "--sample", "--task", "--out", *where},
+        "fit": {"--method", "--data", "--out", "--batches", "--epochs", "--lr", "--seed", *where},
+        "prune": {"--method", "--keep", "--data", "--out", "--batches", "--seed", *where},
+        "lab list": set(),
+        "lab train": {"--out", "--minutes", "--threads", "--fresh"},
+        "lab eval": {"--json", "--limit"},
+    }
+
+
+def test_version_and_help() -> None:
+    assert run("--version").stdout == f"sparing {sparing.__version__}\n"
+    assert run("--help").exit_code == run("compare", "--help").exit_code == 0
+
+
+def test_methods() -> None:
+    everything = json.loads(run("methods", "--json").stdout)
+    assert {entry["name"] for entry in everything} == set(sparing.methods())
+    fastv = next(entry for entry in everything if entry["name"] == "fastv")
+    assert (fastv["axis"], fastv["year"], fastv["arxiv"], fastv["control"]) == ("tokens", 2024, "2403.06764", False)
+    table = run("methods", "--axis", "tokens").stdout
+    assert "fastv" in table and "2403.06764" in table and "unified-layer-skipping" not in table
+
+
+# --------------------------------------------------------------------------- mistakes
+
+
+def refused(result: Result, *words: str) -> None:
+    said = " ".join(result.stderr.split())
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output + said
+    assert result.stderr.count("\n") == 1
+    for word in words:
+        assert word in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"--method": "fastvv"}, ("'fastvv'", "did you mean fastv")),
+        ({"--method": "fastv:Z=1"}, ("no field 'Z'", "K, R")),
+        ({"--method": "fastv:K=0"}, ("K = 0", ">= 1")),
+        ({"--keep": "1.5"}, ("--keep 1.5", "(0, 1]")),
+        ({"--keep": "0.5,0"}, ("--keep 0", "(0, 1]")),
+        ({"--keep": "half"}, ("--keep half", "(0, 1]")),
+        ({"--keep": ""}, ("--keep", "(0, 1]")),
+        ({"--out": "/proc/nowhere/out"}, ("--out /proc/nowhere/out", "cannot be written")),
+        ({"--task": "riddles"}, ("riddles", "find-digit")),
+        ({"--task": "ppl:missing.txt"}, ("missing.txt",)),
+        ({"--method": "fastv"}, ("fastv", "visual tokens", "text only")),
+        ({"--device": "abacus"}, ("abacus",)),
+        ({"--dtype": "float7"}, ("float7", "bfloat16")),
+    ],
+)
+def test_mistakes_of_compare(checkpoint: Path, tmp_path: Path, changes: dict[str, str], words: tuple[str, ...]) -> None:
+    options = {
+        "--task": "ppl",
+        "--method": "unified-layer-skipping",
+        "--keep": "0.5",
+        "--out": str(tmp_path / "out"),
+    } | changes
+    refused(run("compare", checkpoint, *(part for pair in options.items() for part in pair)), *words)
+
+
+def test_mistakes_are_found_before_a_model_is_loaded(tmp_path: Path) -> None:
+    for options in (["--method", "fastvv"], ["--method", "fastv", "--keep", "0"]):
+        result = run("compare", "no/such-model", "--task", "ppl", "--out", tmp_path / "out", *options)
+        refused(result)
+        assert "no/such-model" not in result.stderr
+
+
+def test_other_mistakes(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    out = tmp_path / "out"
+    refused(run("compare", empty, "--task", "ppl", "--method", "unified-layer-skipping", "--out", out), "no checkpoint")
+    refused(run("methods", "--axis", "smell"), "smell", "tokens")
+    refused(
+        run("prune", checkpoint, "--method", "flap", "--keep", 0.5, "--out", out), "--data", "flap needs calibration"
+    )
+    refused(run("prune", checkpoint, "--method", "fastv", "--keep", 0.5, "--out", out), "fastv", "cuts nothing")
+    refused(run("fit", checkpoint, "--method", "fastv", "--data", text, "--out", out), "nothing to fit")
+    refused(run("fit", checkpoint, "--method", "flap", "--data", "gone.txt", "--out", out), "gone.txt")
+    refused(
+        run("fit", checkpoint, "--method", "flap", "--epochs", 2, "--data", text, "--out", out),
+        "--epochs",
+        "calibrated",
+    )
+    refused(run("show", checkpoint, "--method", "unified-layer-skipping", "-o", tmp_path / "map.gif"), ".png")
+    refused(run("show", checkpoint, "--method", empty, "-o", tmp_path / "map.png"), "method.json is missing")
+    refused(run("report", empty, "--out", out), "results.jsonl is missing")
+    refused(run("lab", "eval", "zebra"), "zebra", *lab.names())
+
+
+def test_typer_refuses_what_is_missing() -> None:
+    result = run("compare", "lab:lm")
+    assert result.exit_code == 2 and "Traceback" not in result.output
+
+
+@pytest.mark.slow
+def test_a_real_process_shows_one_line_and_no_traceback() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "sparing",
+        "compare",
+        "lab:lm",
+        "--task",
+        "ppl",
+        "--method",
+        "flop",
+        "--out",
+        os.devnull,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "did you mean flap" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_faults_of_the_library_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(axis: str | None) -> None:
+        raise ValueError("not the user's fault")
+
+    monkeypatch.setattr(sparing, "methods", broken)
+    result = run("methods")
+    assert isinstance(result.exception, ValueError) and "not the user's fault" in str(result.exception)
+
+
+def test_an_interrupt_says_how_to_go_on(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparing.bench import compare
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "compare", interrupted)
+    result = run("compare", checkpoint, "--task", "ppl", "--method", "unified-layer-skipping", "--out", tmp_path)
+    assert result.exit_code == 130
+    assert "--resume" in result.stderr and "Traceback" not in result.output
+
+
+# --------------------------------------------------------------------------- end to end
+
+
+@pytest.fixture(scope="module")
+def compared(
+    checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[object], Path, Result]:
+    out = tmp_path_factory.mktemp("compared")
+    arguments: list[object] = [
+        "compare",
+        checkpoint,
+        "--task",
+        f"ppl:{text},calibration={text}",
+        "--keep",
+        "0.5",
+        "--out",
+        out,
+    ]
+    arguments += ["--method", "unified-layer-skipping", "--repeats", 1, "--limit", 2]
+    return arguments, out, run(*arguments)
+
+
+def test_compare_prints_the_table_and_the_path_of_the_report(compared: tuple[list[object], Path, Result]) -> None:
+    _, out, result = compared
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1].endswith(str(out / "report.html"))
+    for word in ("dense", "unified-layer-skipping", "50 %", "verdict"):
+        assert word in result.stdout
+    page = (out / "report.html").read_text()
+    assert "Compute map of unified-layer-skipping" in page and "Budget of each layer" in page
+    for name in ("pareto", "controls", "bounds", "map-unified-layer-skipping"):
+        assert (out / f"{name}.png").is_file()
+
+
+def test_resume_computes_nothing_and_draws_nothing_again(
+    compared: tuple[list[object], Path, Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparing.bench import capture
+
+    arguments, out, first = compared
+    before = (out / "results.jsonl").read_bytes()
+    monkeypatch.setattr(capture, "_drawn", lambda *_: pytest.fail("drawn again"))
+    again = run(*arguments, "--resume")
+    assert again.exit_code == 0 and again.stdout == first.stdout and again.stderr == ""
+    assert (out / "results.jsonl").read_bytes() == before
+    refused(run(*arguments), "--resume")
+
+
+def test_report_gathers_runs(compared: tuple[list[object], Path, Result], tmp_path: Path) -> None:
+    result = run("report", compared[1], "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "Compute map of unified-layer-skipping" in (tmp_path / "report.html").read_text()
+
+
+def test_show(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "map.png"
+    result = run(
+        "show", checkpoint, "--method", "unified-layer-skipping", "--keep", 0.5, "--task", f"ppl:{__file__}", "-o", out
+    )
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == [str(out)]
+    assert out.read_bytes().startswith(b"\x89PNG")
+    refused(
+        run("show", checkpoint, "-m", "unified-layer-skipping", "--sample", 99, "-t", f"ppl:{__file__}", "-o", out),
+        "sample: 99",
+    )
+
+
+def test_fit_then_show_and_prune(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    fitted, small = tmp_path / "fitted", tmp_path / "small"
+    result = run("fit", checkpoint, "--method", "flap", "--data", text, "--batches", 2, "--out", fitted)
+    assert result.exit_code == 0, result.output
+    assert sparing.load(fitted).state
+    result = run(
+        "show", checkpoint, "--method", fitted, "--keep", 0.5, "--task", f"ppl:{text}", "-o", tmp_path / "map.svg"
+    )
+    assert result.exit_code == 0, result.output
+    assert "50 %" in (tmp_path / "map.svg").read_text()
+    result = run("prune", checkpoint, "--method", fitted, "--keep", 0.5, "--out", small)
+    assert result.exit_code == 0, result.output
+    assert "parameters" in result.stdout and result.stdout.splitlines()[-1] == str(small)
+    card = (small / "README.md").read_text()
+    for word in ("flap", "2312.11983", "keep = 0.5", str(fitted)):
+        assert word in card
+    model = sparing.from_pretrained(small)
+    dense = build("llama")
+    assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in dense.parameters())
+    with torch.inference_mode():
+        assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, dense.config.vocab_size)
+
+
+# --------------------------------------------------------------------------- lab
+
+
+def test_lab_list() -> None:
+    shown = run("lab", "list").stdout
+    assert "lab:lm" in shown and "lab:vlm" in shown
+
+
+def test_lab_eval_prints_one_json_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluate(model: str, limit: int = 7) -> dict[str, float]:
+        print("chatter")
+        return {"accuracy": 0.5, "n": limit}
+
+    monkeypatch.setattr(cli, "_lab", lambda name: SimpleNamespace(load=lambda: "model", evaluate=evaluate))
+    result = run("lab", "eval", "vlm", "--json", "--limit", 3)
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == {"accuracy": 0.5, "n": 3}
+
+
+def test_lab_train_passes_on_what_the_model_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = []
+
+    def train(out: Path, *, resume: bool = True, minutes: float = 60) -> None:
+        calls.append((out, resume, minutes))
+
+    monkeypatch.setattr(cli, "_lab", lambda name: SimpleNamespace(train=train))
+    assert run("lab", "train", "lm", "--out", tmp_path, "--minutes", 2, "--fresh").exit_code == 0
+    assert calls == [(tmp_path, False, 2.0)]
+    refused(run("lab", "train", "lm", "--out", tmp_path, "--threads", 1), "--threads")
