@@ -6,9 +6,13 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out/demo
+KEEP_VLM ?= 0.5,0.3,0.2
+KEEP_LM ?= 0.75,0.5,0.33
+SCENES ?= 200
+WINDOWS ?= 32
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow lint format contrast clean
+.PHONY: demo test test-slow lint format docs contrast clean
 
 $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -16,8 +20,13 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	touch $@
 
+# The main job on the embedded models. Finished rows are kept: a second call recomputes nothing.
 demo: $(VENV)/.ready
-	$(BIN)/python examples/demo.py --out $(OUT) $(ARGS)
+	$(BIN)/sparing compare lab:vlm --task find-digit --keep $(KEEP_VLM) --limit $(SCENES) --out $(OUT)/vlm --resume \
+		--method hidrop:inject=1,filters=1/2,keeps=64/32,of=256,exit=5 --method fastv:K=1
+	$(BIN)/sparing compare lab:lm --task ppl --keep $(KEEP_LM) --limit $(WINDOWS) --out $(OUT)/lm --resume \
+		--method unified-layer-skipping --method flap
+	$(BIN)/sparing report $(OUT)/vlm $(OUT)/lm --out $(OUT)
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
@@ -33,6 +42,9 @@ lint: $(VENV)/.ready
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.ready
+	$(BIN)/python tools/tables.py
 
 # The validity table of lab:vlm (docs/instrument.md): what random, FastV and the oracle lose, layer by layer.
 contrast: $(VENV)/.ready

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,15 @@ WORDS = [f"w{i}" for i in range(100)]
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny matrices: a second thread only waits, and on a busy machine for long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +255,7 @@ def test_compare_prints_the_table_and_the_path_of_the_report(compared: tuple[lis
     assert "Compute map of unified-layer-skipping" in page and "Budget of each layer" in page
     for name in ("pareto", "controls", "bounds", "map-unified-layer-skipping"):
         assert (out / f"{name}.png").is_file()
+    assert (out / "machine.txt").read_text().strip() in page
 
 
 def test_resume_computes_nothing_and_draws_nothing_again(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sparing import depth, tokens, width
+from sparing import depth, lab, tokens, width  # the rooms register their methods
+from sparing.bench.compare import compare
 from sparing.engine.attach import Run, attach
 from sparing.engine.surgery import from_pretrained, prune, save_pretrained
 from sparing.engine.view import View, shape
@@ -21,9 +22,11 @@ __all__ = [
     "Trace",
     "View",
     "attach",
+    "compare",
     "count",
     "from_pretrained",
     "get",
+    "lab",
     "load",
     "methods",
     "parse",

@@ -206,7 +206,7 @@ def _compare(
         from sparing.bench import capture
 
         pictures = _or_none(lambda: capture.draw(rows, out, device), "pictures of what ran")
-    path = report.write(rows, out, pictures)
+    path = report.write(rows, out, pictures, _machines([out], report.machine(device)))
     console = _console()
     console.print(report.terminal(rows))
     console.print("Report:", style="bold", end=" ")
@@ -235,7 +235,7 @@ def _report(
         for suffix in (".svg", ".png"):
             if file.with_suffix(suffix).is_file() and file.parent.resolve() != out.resolve():
                 (out / file.with_suffix(suffix).name).write_bytes(file.with_suffix(suffix).read_bytes())
-    path = report.write(rows, out)
+    path = report.write(rows, out, machines=_machines(folders))
     _console().print(report.terminal(rows))
     _console().print("Report:", style="bold", end=" ")
     _print_path(path)
@@ -369,6 +369,8 @@ def _prune(
         _data_exists(data)
     _writable(out)
     _quiet()
+    from transformers import AutoConfig
+
     import sparing
     from sparing.bench import timing
     from sparing.bench.models import load_model
@@ -381,6 +383,10 @@ def _prune(
     chosen = chosen.at(budget, loaded.view.shape)
     with _doing(f"Cutting with {chosen.name}"):
         small = sparing.prune(loaded.model, chosen)
+    stored = None if dtype or not loaded.source else AutoConfig.from_pretrained(loaded.source).dtype
+    if stored is not None:  # calculated in what the model ran in, saved in what its checkpoint holds
+        for m in (loaded.model, small):
+            m.to(stored)
     before, after = (sum(weight.numel() for weight in m.parameters()) for m in (loaded.model, small))
     facts = {
         "base model": loaded.name,
@@ -539,6 +545,18 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (json.JSONDecodeError, UnicodeDecodeError) as problem:
         raise _error(f"{file}: damaged: {problem}") from problem
+
+
+def _machines(folders: Iterable[Path], this: str | None = None) -> list[str]:
+    """The machines that runs were measured on, `this` one added: a run may have been resumed on another."""
+    known = []
+    for folder in folders:
+        file = folder / "machine.txt"
+        known += file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        if this is not None and this not in known:
+            known.append(this)
+            file.write_text("\n".join(known) + "\n", encoding="utf-8")
+    return list(dict.fromkeys(known))
 
 
 def _lab(name: str) -> Any:

@@ -225,9 +225,14 @@ def test_choose_finds_layers_in_range() -> None:
         model, [prompt("llava", (6, 6), side="none")]
     )
     assert 1 <= method.inject <= method.exit <= LAYERS
-    assert [len(curves[k]) for k in ("intra", "ilvas", "exit")] == [LAYERS - 1, LAYERS - 1, LAYERS]
-    assert curves["exit"][-1] == 1.0
-    method.check()
+    assert {k: len(v) for k, v in curves.items()} == {
+        "intra": LAYERS - 1, "ilvas": LAYERS - 1, "inject": LAYERS, "exit": LAYERS,
+    }
+    assert curves["exit"][-1] == curves["inject"][0] == 1.0
+    budgeted, _ = HiDrop(filters=(2, 3), keeps=(7, 3), inject=1, exit=4, of=VISUAL).choose(
+        model, [prompt("llava", (6, 6), side="none")], keep=0.3
+    )
+    assert sum(budgeted.shares(sparing.shape(model))) / LAYERS == pytest.approx(0.3, abs=0.06)
 
 
 def test_8_deferred_vision_gives_the_same_result(llava: PreTrainedModel) -> None:

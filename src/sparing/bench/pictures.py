@@ -122,7 +122,8 @@ def svg(figure: Figure) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    wide = round(100 * figure.get_figwidth())  # pixels at which its letters have the size of the page's
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 style="max-width: {wide}px"', text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     for colour, name in _VARIABLES.items():
         text = re.sub(colour, f"var(--{name}, {colour})", text, flags=re.IGNORECASE)
@@ -200,12 +201,13 @@ def _pareto_panel(ax: Axes, experiment: Experiment, axis: str, key: str, looks: 
     best = front(points)
     _loss_axis(ax, [loss for _, loss in points] + _control_losses(lines))
     ax.axvline(1, color=MUTED, lw=0.8, ls=(0, (2, 3)), zorder=1)
-    ax.plot(*zip(*[points[i] for i in best]), color=INK, alpha=0.12, lw=9, solid_capstyle="round", zorder=1)
     ax.plot(1, 0, "*", color=INK, ms=11, zorder=6)
     words: list[_Word] = [_Word(1.0, 0.0, "dense", INK, 9, "bold")]
     flat = all(abs(speed - 1) < _FLAT for speed, _ in points)
     if flat:
-        ax.set_xlabel(f"{ax.get_xlabel()} (within {100 * _FLAT:.0f} % of dense: controls left out)")
+        ax.set_xlabel(f"{ax.get_xlabel()} (within {100 * _FLAT:.0f} % of dense: no front, no controls)")
+    else:
+        ax.plot(*zip(*[points[i] for i in best]), color=INK, alpha=0.12, lw=9, solid_capstyle="round", zorder=1)
     for name in dict.fromkeys(line.label for line in lines):
         mine = [line for line in lines if line.label == name]
         colour, marker = looks[name]
@@ -219,7 +221,7 @@ def _pareto_panel(ax: Axes, experiment: Experiment, axis: str, key: str, looks: 
         for line, px, py in zip(mine, x, y):
             low, high = line.row.get(f"{key}_low") or px, line.row.get(f"{key}_high") or px
             ax.plot((min(low, px), max(high, px)), (py, py), color=colour, lw=1.1, alpha=0.55, zorder=3)
-            filled = points.index((px, py)) in best
+            filled = not flat and points.index((px, py)) in best
             ax.plot(px, py, marker, color=colour, mfc=colour if filled else CARD, ms=6.5, mew=1.5, zorder=5)
             words.append(_Word(px, py, percent(line.keep).replace(" ", ""), colour, 7.5, "normal"))
         words.insert(0, _Word(x[-1], y[-1], name, colour, 9, "bold"))
@@ -648,7 +650,7 @@ def _layers_worth_showing(seen: Footprint, most: int) -> list[int]:
 
 
 def _veiled(image: NDArray[np.uint8] | None, alive: NDArray[np.bool_], least: int = 448) -> NDArray[np.uint8]:
-    """The picture enlarged, dropped patches darkened and greyed, kept ones outlined."""
+    """The picture enlarged, dropped patches darkened and greyed, a line around those kept."""
     assert image is not None
     size = _square(len(alive), image)
     assert size is not None
@@ -665,6 +667,12 @@ def _veiled(image: NDArray[np.uint8] | None, alive: NDArray[np.bool_], least: in
     edge[:, 1:] |= (column_of[1:] != column_of[:-1])[None]
     big[edge & mask] = 0.75 * big[edge & mask] + 0.25 * 255
     big[edge & ~mask] *= 0.6
+    border = np.zeros(mask.shape, bool)
+    border[1:] |= mask[1:] != mask[:-1]
+    border[:, 1:] |= mask[:, 1:] != mask[:, :-1]
+    border[:-1] |= border[1:]  # two pixels wide
+    border[:, :-1] |= border[:, 1:]
+    big[border] = 255 * np.array(to_rgb(VISUAL))
     return big.round().astype(np.uint8)
 
 

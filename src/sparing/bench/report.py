@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
+import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -213,7 +215,27 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.") or "unnamed"
 
 
-def write(rows: Sequence[Row], out: Path, pictures: Mapping[str, Figure] | None = None) -> Path:
+def machine(device: str = "cpu") -> str:
+    """This machine in words: its processor or accelerator, and the cores that may be used."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    name = platform.processor() or platform.machine()
+    about = Path("/proc/cpuinfo")
+    if about.is_file():
+        names = re.findall(r"^model name\s*:\s*(.+)$", about.read_text(), re.MULTILINE)
+        name = names[0] if names else name
+    if device.startswith("cuda"):
+        import torch
+
+        name = f"{torch.cuda.get_device_name(device)} with {name}"
+    return f"{' '.join(name.split())}, {cores} core{'s' * (cores > 1)}, {platform.system()}"
+
+
+def write(
+    rows: Sequence[Row],
+    out: Path,
+    pictures: Mapping[str, Figure] | None = None,
+    machines: Sequence[str] = (),
+) -> Path:
     """Writes `report.html` and the pictures, as PNG and SVG, into `out`.
 
     Pictures of what ran that an earlier call left in `out` are shown again, so a resumed comparison need not draw them
@@ -223,6 +245,7 @@ def write(rows: Sequence[Row], out: Path, pictures: Mapping[str, Figure] | None 
         rows: of one or several comparisons.
         out: folder, made if it is missing.
         pictures: figures of what ran: `map-METHOD`, `kept-METHOD`, `budgets-MODEL` (see `pictures`, `slug`).
+        machines: where the rows were measured, see `machine`.
 
     Returns:
         the path of the report.
@@ -242,7 +265,7 @@ def write(rows: Sequence[Row], out: Path, pictures: Mapping[str, Figure] | None 
                 (out / f"{slug(name)}.png").write_bytes(draw.png(figure))
                 (out / f"{slug(name)}.svg").write_text(draw.svg(figure), encoding="utf-8")
         path = out / FILE
-        path.write_text(html(rows, _gallery(rows, out, drawn)), encoding="utf-8")
+        path.write_text(html(rows, _gallery(rows, out, drawn), machines), encoding="utf-8")
     except OSError as problem:
         raise Error(f"out: {out} cannot be written to: {problem.strerror or problem}") from problem
     return path
@@ -258,7 +281,7 @@ def _gallery(rows: Sequence[Row], out: Path, drawn: Mapping[str, Figure | None])
     return {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
 
 
-def html(rows: Sequence[Row], gallery: Mapping[str, str]) -> str:
+def html(rows: Sequence[Row], gallery: Mapping[str, str], machines: Sequence[str] = ()) -> str:
     """The page. `gallery` holds SVG elements by name; everything else in it is escaped."""
     from jinja2 import Environment, PackageLoader
     from markupsafe import Markup
@@ -273,7 +296,7 @@ def html(rows: Sequence[Row], gallery: Mapping[str, str]) -> str:
     return environment.get_template("report.html.j2").render(
         title=" · ".join(f"{e.name} on {e.task}" for e in found),
         date=datetime.now().astimezone().strftime("%-d %B %Y, %H:%M"),
-        opening=summary.opening(found),
+        opening=summary.opening(found, machines),
         best=[
             (axis, AXES.get(axis, axis), e, [b for b in summary.best(e) if b.line.axis == axis])
             for e in found
@@ -285,7 +308,7 @@ def html(rows: Sequence[Row], gallery: Mapping[str, str]) -> str:
         maps=[(label, f"map-{slug(label)}") for label in labels if f"map-{slug(label)}" in gallery],
         kept=[(label, f"kept-{slug(label)}") for label in labels if f"kept-{slug(label)}" in gallery],
         budgets=[(e.name, f"budgets-{slug(e.model)}") for e in found if f"budgets-{slug(e.model)}" in gallery],
-        facts=_facts(rows),
+        facts=_facts(rows, machines),
         percent=percent,
         script=Markup(script),
         digest=digest,
@@ -333,7 +356,7 @@ def _table(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def _facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
+def _facts(rows: Sequence[Row], machines: Sequence[str]) -> list[tuple[str, str]]:
     """What ran where: machine, number types, seeds, versions, time."""
 
     def every(key: str) -> str:
@@ -346,11 +369,16 @@ def _facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
     facts = [
         ("Model", every("model")),
         ("Task", every("task")),
+        ("Machine", "; ".join(machines)),
         ("Device", every("device")),
         ("Number type", every("dtype")),
         ("Seeds", every("seed")),
     ]
     facts += [(name, ", ".join(found)) for name, found in versions.items()]
+    for name, key in (("Peak arithmetic", "peak_flops"), ("Peak memory traffic", "peak_bandwidth")):
+        unit = "GFLOP/s" if key == "peak_flops" else "GB/s"
+        peaks = dict.fromkeys(f"{row[key] / 1e9:.1f} {unit}, measured" for row in rows if row.get(key))
+        facts.append((name, ", ".join(peaks)))
     spent = sum(row.get("seconds") or 0 for row in rows)
     facts.append(("Time measured", f"{spent / 60:.1f} minutes in {len(rows)} rows"))
     return [(name, text) for name, text in facts if text]

@@ -113,7 +113,8 @@ class Experiment:
     @property
     def name(self) -> str:
         """The model, a folder by its last part."""
-        return self.model.rstrip("/").rpartition("/")[2] if self.model.startswith((".", "/", "~")) else self.model
+        folder = self.model.startswith((".", "/", "~")) or self.model.count("/") > 1
+        return self.model.rstrip("/").rpartition("/")[2] if folder else self.model
 
     @property
     def rows(self) -> list[Row]:
@@ -191,7 +192,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
     return sorted((i for i in range(len(points)) if not bettered(i)), key=lambda i: points[i])
 
 
-def opening(found: Sequence[Experiment]) -> str:
+def opening(found: Sequence[Experiment], machines: Sequence[str] = ()) -> str:
     """What was measured, and on which machine, as one paragraph."""
     rows = [row for experiment in found for row in experiment.rows]
     what = [
@@ -206,7 +207,7 @@ def opening(found: Sequence[Experiment]) -> str:
     )
     return (
         f"Measured: {'; '.join(what)}. {budgets} settings in all ran beside the dense model{beside}: "
-        f"same inputs, same process, taking turns, on {where}."
+        f"same inputs, same process, taking turns, on {where}{f' of {_listed(machines)}' if machines else ''}."
     )
 
 

@@ -226,7 +226,7 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> dict
     for layer, *moments in zip(view.layers, *observe(model, batches), strict=True):
         group, neuron = unit_costs(layer)
         width = _heads_a_group(layer) * layer.head_dim
-        units = (("attention", "o_proj", (width, group)), ("mlp", "down_proj", (1, neuron)))
+        units = (("attention", "o_proj", (max(width, 1), group)), ("mlp", "down_proj", (1, neuron)))
         for (site, name, unit), seen in zip(units, moments, strict=True):
             for key, value in statistics(seen, layer.projection(name).weight).items():
                 state[f"{site}.{key}.{layer.index}"] = value
@@ -774,9 +774,9 @@ def save_pretrained(
         card: facts for the model card, e.g. {"method": "flap", "keep": 0.7, "data": "wikitext-2"}.
     """
     folder = Path(folder)
-    view = View(model)
     if not isinstance(model, PreTrainedModel):
         raise Error(f"model = {type(model).__name__}: only a transformers model can be saved as a checkpoint")
+    view = View(model)
     model.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)

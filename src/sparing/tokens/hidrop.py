@@ -16,6 +16,7 @@ from sparing.engine.probe import VisualProbe, probe
 from sparing.engine.schedule import follow
 from sparing.engine.stream import Stream, StreamMethod
 from sparing.engine.train import finetune
+from sparing.engine.view import View
 from sparing.grid.method import BudgetError, Card, Error, Shape, flag, integer, number, numbers, register
 from sparing.grid.score import cosine
 from sparing.grid.select import soft_top_k, straight_through
@@ -175,54 +176,65 @@ class HiDrop(StreamMethod):
     # ---- choice of layers, and training
 
     def choose(
-        self, model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]], *, n: int = 1, K: int = 64
+        self,
+        model: torch.nn.Module,
+        batches: Iterable[Mapping[str, Tensor]],
+        *,
+        keep: float | None = None,
+        n: int = 1,
+        K: int = 64,
     ) -> tuple[Self, dict[str, list[float]]]:
         """Choose inject, filters and exit for a model from an analysis of it running dense.
 
-        inject: the layer behind the first local minimum of S_intra(l) = mean_i cos(h_i^l, h_i^(l+1)), i visual;
-        filters: local maxima of ILVAS between inject and exit, at most as many as the method has now;
-        exit: the shallowest layer behind which dropping all visual tokens leaves at least 99 % of answers unchanged.
+        - inject: the layer behind the first local minimum of S_intra(l) = mean_i cos(h_i^l, h_i^(l+1)), i visual; 1 where
+          joining there changes more than 10 % of the dense model's answers, because then its shallow layers are not
+          passive and there is nothing to inject late [our rule].
+        - exit: the shallowest layer behind which dropping all visual tokens changes at most 1 % of the answers.
+        - filters: local maxima of ILVAS(l, l+n, K) between them, the highest ones, at most as many as the method has. Where
+          the first comes too late for the budget, one more stands before it, so early that the layers before it cost at
+          most half the budget [our rule].
 
         Args:
-            batches: calibration inputs with visual tokens.
+            batches: calibration inputs with visual tokens, each sample with the same number.
+            keep: mean share of visual-token-layers that the schedule shall meet, as in `at`; none leaves the counts.
             n, K: layer distance and number of most attended tokens of ILVAS.
 
         Returns:
-            The method with its layers set, and the curves: "intra" (L), "ilvas" (L), "exit" (L agreement).
+            The method with its layers (and counts) set, and the curves: "intra" (L-1), "ilvas" (L-n), and the agreement
+            with dense answers when visual tokens join at, or leave after, each layer: "inject" (L), "exit" (L).
         """
         data = list(batches)
         seen: VisualProbe = probe(model, data)
         L = len(seen.hidden)
-        intra = [float(cosine(seen.hidden[i], seen.hidden[i + 1]).mean()) for i in range(L - 1)]
-        curve = [float(ilvas(seen.attention[i], seen.attention[i + n], K).mean()) for i in range(L - n)]
-        agree = [self._agreement(model, data, exit) for exit in range(1, L + 1)]
-        exit = next((i + 1 for i in range(L) if min(agree[i:]) >= 0.99), L)
-        minima = [i for i in range(1, L - 2) if intra[i] <= intra[i - 1] and intra[i] <= intra[i + 1]]
-        inject = min(minima[0] + 1 if minima else 1, max(1, exit - 2))
-        inside = range(inject, exit)
-        peaks = [
-            i
-            for i in inside
-            if i <= len(curve)
-            and curve[i - 1] >= (curve[i - 2] if i >= 2 else -1)
-            and curve[i - 1] >= (curve[i] if i < len(curve) else -1)
-        ]
-        best = sorted(sorted(peaks, key=lambda i: -curve[i - 1])[: len(self.filters)])
-        filters = tuple(best) or (inject,)
-        keeps = self.keeps[: len(filters)]
-        chosen = self.replace(inject=inject, filters=filters, keeps=keeps, exit=max(exit, filters[-1] + 1))
-        return chosen, {"intra": intra, "ilvas": curve, "exit": agree}
+        curves = {
+            "intra": [float(cosine(seen.hidden[i], seen.hidden[i + 1]).mean()) for i in range(L - 1)],
+            "ilvas": [float(ilvas(seen.attention[i], seen.attention[i + n], K).mean()) for i in range(L - n)],
+            "inject": [self._agreement(model, data, layer, L) for layer in range(1, L + 1)],
+            "exit": [self._agreement(model, data, 1, layer) for layer in range(1, L + 1)],
+        }
+        exit = next(i + 1 for i in range(L) if min(curves["exit"][i:]) >= 0.99)
+        low = _peaks([-x for x in curves["intra"][1:]])  # S_intra(l) stands at index l
+        inject = low[0] + 1 if low and curves["inject"][low[0]] >= 0.9 else 1
+        exit = max(exit, inject + 1)
+        high = [layer for layer in _peaks(curves["ilvas"]) if inject <= layer < exit]
+        best = sorted(sorted(high, key=lambda layer: -curves["ilvas"][layer - 1])[: max(1, len(self.filters))])
+        first = inject if keep is None else inject - 1 + int(keep * L / 2)
+        if not best or (keep is not None and best[0] > first):
+            best = [min(first, exit - 1), *[layer for layer in best if layer > first]][: max(1, len(self.filters))]
+        keeps = (*self.keeps, *self.keeps[-1:] * len(best))[: len(best)]
+        chosen = self.replace(inject=inject, filters=tuple(best), keeps=keeps, exit=exit)
+        return (chosen if keep is None else chosen.at(keep, View(model).shape)), curves
 
-    def _agreement(self, model: torch.nn.Module, data: list[Mapping[str, Tensor]], exit: int) -> float:
-        trial = self.replace(inject=1, filters=(), keeps=(), exit=exit)
+    def _agreement(self, model: torch.nn.Module, data: list[Mapping[str, Tensor]], inject: int, exit: int) -> float:
+        trial = self.replace(inject=inject, filters=(), keeps=(), exit=exit)
         same = total = 0
         with torch.inference_mode():
             for batch in data:
                 inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
-                dense = model(**inputs).logits[:, -1].argmax(-1)
+                answers = model(**inputs).logits[:, -1].argmax(-1)
                 with attach(model, trial):
-                    same += int((model(**inputs).logits[:, -1].argmax(-1) == dense).sum())
-                total += dense.numel()
+                    same += int((model(**inputs).logits[:, -1].argmax(-1) == answers).sum())
+                total += answers.numel()
         return same / total
 
     def fit(self, model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]], **options: Any) -> Self:
@@ -234,6 +246,11 @@ class HiDrop(StreamMethod):
             options: epochs, lr, … of `sparing.engine.train.finetune`.
         """
         return self.with_state(finetune(model, self.with_state({}), batches, **options))
+
+
+def _peaks(curve: list[float]) -> list[int]:
+    """1-based places of the interior local maxima of a curve."""
+    return [i + 1 for i in range(1, len(curve) - 1) if curve[i - 1] <= curve[i] >= curve[i + 1]]
 
 
 def ilvas(before_BHV: Tensor, after_BHV: Tensor, K: int) -> Tensor:

@@ -76,12 +76,12 @@ class Flap(SurgeryMethod):
     0.3
     """
 
-    p: float = share(0.2, "fraction of block parameters removed", source="code, --pruning_ratio")
-    metric: str = choice("WIFV", ("WIFV", "IFV", "WIFN"), "how channels are scored", source="figure 2")
+    p: float = share(0.2, "fraction of block parameters removed", source="code")
+    metric: str = choice("WIFV", ("WIFV", "IFV", "WIFN"), "how channels are scored", source="overview figure")
     structure: str = choice("AL-AM", ("AL-AM", "UL-UM", "UL-MM", "AL-MM"), "how the budget is shared", source="code")
     heads: int | None = integer(None, "KV groups kept a layer, -MM structures only", optional=True, source="code")
     square_attention: bool = flag(False, "square the attention score once more", source="code")
-    compensate: bool = flag(True, "put the mean of what is cut back as a bias", source="figure 2")
+    compensate: bool = flag(True, "put the mean of what is cut back as a bias", source="overview figure")
     multiple: int = integer(16, "neurons a layer are rounded to it", low=1)
 
     def check(self) -> None:
@@ -159,8 +159,7 @@ class Flap(SurgeryMethod):
         score_C = fluctuation(self.metric, **found)
         if site == "attention" and self.square_attention:
             score_C = score_C**2
-        if len(score_C) > 1:
-            score_C = standardise(score_C)
+        score_C = standardise(score_C) if len(score_C) > 1 else torch.zeros_like(score_C)
         return score_C.reshape(-1, int(self.state[f"{site}.unit.{layer}"][0])).mean(-1)
 
     def _reachable(self, heads: list[Tensor], neurons: list[Tensor], wanted: float) -> None:
