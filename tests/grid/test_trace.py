@@ -77,3 +77,25 @@ def test_counts_need_trace(llama: PreTrainedModel) -> None:
         pass
     with pytest.raises(sparing.Error, match="trace=True"):
         _ = run.trace.flops
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_grouped_expert_gemms(implementation: str) -> None:
+    """A Qwen3-MoE counted by hand: router, and gate, up and down of top-k experts a token."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    experts, top, width = 8, 2, 24
+    config = Qwen3MoeConfig(
+        vocab_size=VOCAB, hidden_size=D, intermediate_size=F, moe_intermediate_size=width, num_hidden_layers=3,
+        num_attention_heads=H, num_key_value_heads=G, head_dim=d, num_experts=experts, num_experts_per_tok=top,
+        decoder_sparse_step=1, mlp_only_layers=[],
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config).eval()
+    model.set_experts_implementation(implementation)
+    ids = torch.randint(2, 99, (2, 16))
+    with torch.no_grad():
+        flops, _ = sparing.count(lambda: model(ids, use_cache=False))
+    tokens = 32
+    attention = 2 * tokens * (D * H * d + 2 * D * G * d + H * d * D) + 4 * 2 * H * 16 * 16 * d
+    moe = 2 * tokens * D * experts + 2 * tokens * top * 3 * D * width
+    assert flops == 3 * (attention + moe) + 2 * tokens * D * VOCAB

@@ -18,8 +18,27 @@ def _fused_cpu_sdpa(query: Any, key: Any, value: Any, *args: Any, out_shape: Any
     return sdpa_flop_count(query, key, value)
 
 
-# torch counts the CUDA fused kernels only; on CPU fused attention would be free.
-_MENDED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused_cpu_sdpa}
+def _grouped(rows: Tensor, weight: Tensor, offs: Tensor | None = None, *args: Any, out_val: Any = None, **kw: Any) -> int:
+    """One GEMM over rows that are sorted by expert: only rows before the last offset are multiplied."""
+    if rows.ndim == weight.ndim == 2:  # gradient of the weights, one (K, S_e) x (S_e, N) product an expert
+        return 2 * rows.shape[0] * rows.shape[1] * weight.shape[1]
+    done = rows.shape[0] if offs is None else int(offs[-1])
+    return 2 * done * weight.shape[-2] * weight.shape[-1]
+
+
+_grouped._get_raw = True  # type: ignore[attr-defined]
+
+# torch counts the CUDA fused kernels only, on CPU fused attention would be free; and it does not know grouped GEMMs.
+_MENDED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused_cpu_sdpa,
+    torch.ops.aten._grouped_mm: _grouped,
+}
+
+
+def _mended() -> dict[Any, Any]:
+    """Formulas by operation; transformers' own grouped GEMM joins where it is loaded."""
+    fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+    return _MENDED if fallback is None else {**_MENDED, fallback: _grouped}
 
 
 def _size(value: Any) -> int:
@@ -44,7 +63,7 @@ class Counter(FlopCounterMode):
     """
 
     def __init__(self) -> None:
-        super().__init__(display=False, custom_mapping=_MENDED)
+        super().__init__(display=False, custom_mapping=_mended())
         self.flops = 0
         self.bytes = 0
         self.layer: int | None = None
