@@ -329,7 +329,8 @@ def test_a_torn_file_is_mended(
 def test_a_killed_run_ends_in_the_same_table(folder: Path, finished: tuple[Path, Rows], tmp_path: Path) -> None:
     out = tmp_path / "out"
     program = (
-        "import sys; from sparing.bench.compare import compare; f, out = sys.argv[1:]\n"
+        "import sys, torch; from sparing.bench.compare import compare; f, out = sys.argv[1:]\n"
+        "torch.set_num_threads(1)\n"
         "given = dict(out=out, limit=3, repeats=0, progress=False)\n"
         "compare(f, f'ppl:{f}/text.txt', ['unified-layer-skipping'], (0.5,), **given)"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def test_methods_by_axis() -> None:
 def test_every_field_is_documented_and_defaults_are_valid() -> None:
     for name, cls in sparing.methods().items():
         cls()
-        for value in cls.__dataclass_fields__.values():
+        for value in dataclasses.fields(cls):
             assert value.metadata["doc"] and value.name in (cls.__doc__ or ""), f"{name}.{value.name}"
 
 
