@@ -223,18 +223,9 @@ def _report(
     """Write one report about several runs of `sparing compare`."""
     from sparing.bench import report
 
-    rows = [row for folder in folders for row in _rows(folder)]
+    runs = [(folder, _rows(folder)) for folder in folders]
     _writable(out)
-    earlier = [
-        file
-        for folder in folders
-        for file in sorted(folder.glob("*.svg"))
-        if file.stem.startswith(("map-", "kept-", "budgets-"))
-    ]
-    for file in earlier:
-        for suffix in (".svg", ".png"):
-            if file.with_suffix(suffix).is_file() and file.parent.resolve() != out.resolve():
-                (out / file.with_suffix(suffix).name).write_bytes(file.with_suffix(suffix).read_bytes())
+    rows = report.gather(runs, out)
     path = report.write(rows, out, machines=_machines(folders))
     _console().print(report.terminal(rows))
     _console().print("Report:", style="bold", end=" ")

@@ -336,7 +336,7 @@ def test_a_killed_run_ends_in_the_same_table(folder: Path, finished: tuple[Path,
     )
     child = subprocess.Popen([sys.executable, "-c", program, str(folder), str(out)])
     file = out / "results.jsonl"
-    end = time.monotonic() + 60
+    end = time.monotonic() + 240
     while (not file.exists() or file.read_bytes().count(b"\n") < 2) and child.poll() is None and time.monotonic() < end:
         time.sleep(0.002)
     os.kill(child.pid, signal.SIGKILL)

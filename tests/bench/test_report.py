@@ -122,10 +122,10 @@ def test_losing_names_the_controls_that_are_ahead() -> None:
         rivals += [control("uniform", "m", 0.5, 15.0), control("downsample", "m", 0.5, 5.0)]
         return experiments([*rivals, row("m", 0.5, loss, **more)])[0].lines[0].verdict[0]
 
-    assert verdict(16.0, beats_control=False) == "LOSES to uniform, LOSES to down-sampling"
+    assert verdict(16.0, beats_control=False) == "LOSES to uniform and down-sampling"
     # random loses 30 ± 10: within its spread is not better
-    assert verdict(21.0, beats_control=False) == "no better than random, LOSES to uniform, LOSES to down-sampling"
-    assert verdict(31.0, beats_control=False) == "LOSES to random and uniform, LOSES to down-sampling"
+    assert verdict(21.0, beats_control=False) == "no better than random, LOSES to uniform and down-sampling"
+    assert verdict(31.0, beats_control=False) == "LOSES to random, uniform and down-sampling"
     assert verdict(4.0, beats_control=True) == "beats random and uniform"
     assert (
         verdict(10.0, beats_control=True, slower_than_dense=True)
@@ -234,6 +234,20 @@ def test_a_resumed_report_shows_earlier_pictures(rows: list[Row], seen: Footprin
     assert "Compute map of fastv" in first
     stamp = re.compile(r"comparison of [^<]+")
     assert stamp.sub("", first) == stamp.sub("", again)
+
+
+def test_runs_of_one_method_on_several_models_keep_their_pictures_apart(seen: Footprint, tmp_path: Path) -> None:
+    runs = []
+    for model in ("lab:a", "org/b"):
+        mine = [row("dense", 1.0, 0.0, axis=None, model=model), row("fastv", 0.5, 2.0, model=model)]
+        folder = tmp_path / model.replace(":", "-").replace("/", "-")
+        report.write(mine, folder, {"map-fastv": pictures.compute_map({"keep 50 %": seen}, model)})
+        runs.append((folder, mine))
+    out = tmp_path / "both"
+    rows = report.gather(runs, out)
+    page = report.write(rows, out).read_text()
+    assert "Compute map of fastv · lab:a" in page and "Compute map of fastv · org/b" in page
+    assert "org/b" in (out / "map-fastv-org-b.svg").read_text()
 
 
 def test_nothing_to_report(tmp_path: Path) -> None:

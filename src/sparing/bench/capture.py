@@ -15,7 +15,7 @@ from sparing.bench import pictures, tasks, timing
 from sparing.bench.compare import _slug as fitted_name
 from sparing.bench.models import Loaded, load_model
 from sparing.bench.pictures import Footprint
-from sparing.bench.report import slug
+from sparing.bench.report import shots
 from sparing.bench.summary import Experiment, Line, Row, experiments, percent
 from sparing.engine.attach import attach
 from sparing.engine.surgery import Plan, SurgeryMethod
@@ -101,36 +101,42 @@ def draw(rows: Sequence[Row], out: Path, device: str = "cpu") -> dict[str, Figur
     """
     found = experiments(rows)
     colours = {label: colour for label, (colour, _) in pictures.looks_of(found).items()}
+    names = {shot.key: shot.name for shot in shots(found)}
     figures: dict[str, Figure] = {}
     for experiment in found:
-        if _missing(experiment, out):
-            figures |= _drawn(experiment, out, device, colours)
+        drawn = _wanted(experiment)
+        if any(not (out / f"{names[key]}.svg").is_file() for key in drawn):
+            figures |= {names[key]: figure for key, figure in _drawn(experiment, out, device, colours).items()}
     return figures
 
 
-def _missing(experiment: Experiment, out: Path) -> bool:
+def _wanted(experiment: Experiment) -> list[tuple[str, ...]]:
+    """Keys of the pictures that an experiment always has."""
+    place = experiment.model, experiment.task
     ran = [line for line in experiment.lines if line.ran]
-    names = {f"budgets-{slug(experiment.model)}"} | {f"map-{slug(line.label)}" for line in ran if line.axis != "width"}
-    return bool(ran) and any(not (out / f"{name}.svg").is_file() for name in names)
+    maps = [("map", *place, label) for label in dict.fromkeys(line.label for line in ran if line.axis != "width")]
+    return [*maps, ("budgets", *place)] if ran else []
 
 
-def _drawn(experiment: Experiment, out: Path, device: str, colours: Mapping[str, str]) -> dict[str, Figure]:
+def _drawn(experiment: Experiment, out: Path, device: str, colours: Mapping[str, str]) -> dict[tuple[str, ...], Figure]:
     dtype = next((row["dtype"] for row in experiment.rows if row.get("dtype")), None)
     loaded = load_model(experiment.model, device, dtype)
     task = tasks.parse(experiment.task, loaded)
-    figures, shares = {}, {}
+    place = experiment.model, experiment.task
+    figures: dict[tuple[str, ...], Figure] = {}
+    shares = {}
     for label in experiment.labels:
         lines = [line for line in experiment.lines if line.label == label and line.ran]
-        seen = {f"keep {percent(line.keep)}": footprint(loaded, task, rebuilt(line, out, loaded)) for line in lines}
-        if not seen:
+        if not lines:
             continue
+        seen = {f"keep {percent(line.keep)}": footprint(loaded, task, rebuilt(line, out, loaded)) for line in lines}
         shares[label] = {name: ran.share for name, ran in seen.items()}
         if lines[0].axis != "width":
-            figures[f"map-{label}"] = pictures.compute_map(seen)
+            figures["map", *place, label] = pictures.compute_map(seen)
         if lines[0].axis == "tokens" and (shown := pictures.kept(seen)) is not None:
-            figures[f"kept-{label}"] = shown
+            figures["kept", *place, label] = shown
     if shares:
-        figures[f"budgets-{experiment.model}"] = pictures.budgets(shares, colours)
+        figures["budgets", *place] = pictures.budgets(shares, colours)
     return figures
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from sparing.grid.trace import Trace
 
-from sparing.bench.summary import METRICS, PHASES, SPOKEN, Experiment, Line, Row, experiments, front, percent
+from sparing.bench.summary import METRICS, PHASES, SPOKEN, Experiment, Line, Row, experiments, front, percent, titled
 from sparing.grid.method import Error
 
 INK, MUTED, RULE, CARD = "#1f2430", "#6a7180", "#dfe2e8", "#fefefe"
@@ -419,7 +419,7 @@ def controls(rows: Sequence[Row]) -> Figure | None:
             ax.grid(visible=False, axis="x")
             ax.margins(x=0.12, y=0.1)
             ax.set_title(name, color=colour)
-            ax.set_xlabel(f"kept ({mine[0].axis})")
+            ax.set_xlabel(f"kept ({mine[0].axis}{f', {experiment.name}' if len(found) > 1 else ''})")
             ax.set_ylabel(_lost(experiment.metric))
         _legend(figure, [line for _, _, mine in panels for line in mine])
     return figure
@@ -437,18 +437,19 @@ def bounds(rows: Sequence[Row]) -> Figure | None:
         ax, y, ticks, names = axes[0, 0], 0.0, [], []
         widest = max(max(line.row["bound"], line.realised or 0) for _, line in bars)
         previous = None
-        for _, line in bars:
+        for experiment, line in bars:
             colour, _ = looks[line.label]
-            y += 1.0 if previous in (None, line.label) else 1.5
-            previous = line.label
+            name = titled(found, experiment, line.label)
+            y += 1.0 if previous in (None, name) else 1.5
+            previous = name
             bound, real = line.row["bound"], line.realised or 0.0
             ax.barh(y, bound, 0.72, color=colour, alpha=0.16, lw=0)
-            ax.plot((bound, bound), (y - 0.36, y + 0.36), color=colour, lw=1.6)
             ax.barh(y, real, 0.72, color=colour, lw=0)
+            ax.plot((bound, bound), (y - 0.36, y + 0.36), color=colour if real < bound else CARD, lw=1.6)
             text = f"{real:.2f}× of {bound:.2f}×  ({100 * real / bound:.0f} %)"
             ax.text(max(bound, real) + 0.015 * widest, y, text, va="center", fontsize=8.5)
             ticks.append(y)
-            names.append(f"{line.label}  {percent(line.keep).replace(' ', '')}")
+            names.append(f"{name}  {percent(line.keep).replace(' ', '')}")
         ax.axvline(1, color=MUTED, lw=0.9, ls=(0, (2, 3)))
         ax.set_yticks(ticks, names)
         ax.tick_params(axis="y", colors=INK)

@@ -18,7 +18,19 @@ from rich.table import Table
 from rich.text import Text
 
 from sparing.bench import summary
-from sparing.bench.summary import AXES, METRICS, SPOKEN, Experiment, Line, Row, experiments, percent, quality
+from sparing.bench.summary import (
+    AXES,
+    METRICS,
+    SPOKEN,
+    Experiment,
+    Line,
+    Row,
+    experiments,
+    percent,
+    placed,
+    quality,
+    titled,
+)
 from sparing.grid.method import Error
 
 if TYPE_CHECKING:
@@ -244,7 +256,7 @@ def write(
     Args:
         rows: of one or several comparisons.
         out: folder, made if it is missing.
-        pictures: figures of what ran: `map-METHOD`, `kept-METHOD`, `budgets-MODEL` (see `pictures`, `slug`).
+        pictures: figures of what ran: by the names of `shots`.
         machines: where the rows were measured, see `machine`.
 
     Returns:
@@ -271,12 +283,52 @@ def write(
     return path
 
 
+@dataclass(frozen=True)
+class Shot:
+    """A picture of what ran: `name` is its file's, `key` tells it from others whatever else is in the report."""
+
+    kind: str
+    title: str
+    name: str
+    key: tuple[str, ...]
+
+
+def shots(found: Sequence[Experiment]) -> list[Shot]:
+    """The pictures of what ran that a report of these experiments shows, if they are there."""
+    shown = []
+    for e in found:
+        for kind in ("map", "kept"):
+            for label in e.labels:
+                title = titled(found, e, label)
+                shown.append(Shot(kind, title, slug(f"{kind}-{title}"), (kind, e.model, e.task, label)))
+        title = placed(found, e)
+        shown.append(Shot("budgets", title, slug(f"budgets-{title}"), ("budgets", e.model, e.task)))
+    return shown
+
+
+def gather(runs: Sequence[tuple[Path, Sequence[Row]]], out: Path) -> list[Row]:
+    """The rows of several comparisons, their pictures of what ran copied to `out` under the names of one report.
+
+    Args:
+        runs: folder and rows of each.
+        out: folder, made if it is missing.
+    """
+    rows = [row for _, mine in runs for row in mine]
+    names = {shot.key: shot.name for shot in shots(experiments(rows))}
+    out.mkdir(parents=True, exist_ok=True)
+    for folder, mine in runs:
+        for shot in shots(experiments(mine)):
+            for suffix in (".svg", ".png"):
+                file = folder / f"{shot.name}{suffix}"
+                if file.is_file():
+                    (out / f"{names[shot.key]}{suffix}").write_bytes(file.read_bytes())
+    return rows
+
+
 def _gallery(rows: Sequence[Row], out: Path, drawn: Mapping[str, Figure | None]) -> dict[str, str]:
     """Name -> SVG of the pictures to show: those just drawn, and earlier ones of what ran in these rows."""
-    found = experiments(rows)
     names = [slug(name) for name, figure in drawn.items() if figure is not None]
-    names += [slug(f"{kind}-{label}") for kind in ("map", "kept") for e in found for label in e.labels]
-    names += [slug(f"budgets-{e.model}") for e in found]
+    names += [shot.name for shot in shots(experiments(rows))]
     files = {name: out / f"{name}.svg" for name in dict.fromkeys(names)}
     return {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
 
@@ -292,7 +344,7 @@ def html(rows: Sequence[Row], gallery: Mapping[str, str], machines: Sequence[str
     )
     script = _SCRIPT.strip()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    labels = list(dict.fromkeys(label for e in found for label in e.labels))
+    there = [shot for shot in shots(found) if shot.name in gallery]
     return environment.get_template("report.html.j2").render(
         title=" · ".join(f"{e.name} on {e.task}" for e in found),
         date=datetime.now().astimezone().strftime("%-d %B %Y, %H:%M"),
@@ -305,9 +357,9 @@ def html(rows: Sequence[Row], gallery: Mapping[str, str], machines: Sequence[str
         findings=[(e.name if len(found) > 1 else "", *pair) for e in found for pair in summary.findings(e)],
         tables=[_table(e) for e in found],
         figures={name: Markup(_unique(svg, name)) for name, svg in gallery.items()},
-        maps=[(label, f"map-{slug(label)}") for label in labels if f"map-{slug(label)}" in gallery],
-        kept=[(label, f"kept-{slug(label)}") for label in labels if f"kept-{slug(label)}" in gallery],
-        budgets=[(e.name, f"budgets-{slug(e.model)}") for e in found if f"budgets-{slug(e.model)}" in gallery],
+        maps=[shot for shot in there if shot.kind == "map"],
+        kept=[shot for shot in there if shot.kind == "kept"],
+        budgets=[shot for shot in there if shot.kind == "budgets"],
         facts=_facts(rows, machines),
         percent=percent,
         script=Markup(script),

@@ -77,22 +77,18 @@ class Line:
         if status != "ok":
             return f"{status}: {note}" if note else status, "bad" if status == "failed" else "quiet"
         parts, tone = [], "quiet"
-        beats, rivals = self.row.get("beats_control"), self.rivals
+        beats, rivals, random = self.row.get("beats_control"), self.rivals, self.control("random")
+        ahead = [k for k in rivals if k != "random" or (random and self.row["quality_loss_pct"] > random.mean)]
         if beats is True:
-            others = [kind for kind in RIVALS if kind != "downsample" and self.control(kind) is not None]
-            parts, tone = ["beats random and uniform" if len(others) == 2 else "beats random"], "good"
+            others = [kind for kind in ("random", "uniform") if self.control(kind) is not None]
+            parts, tone = [f"beats {_listed(others or ['its control'])}"], "good"
+            ahead = [kind for kind in ahead if kind == "downsample"]
         elif beats is False:
-            random = self.control("random")
-            ahead = [
-                k
-                for k in rivals
-                if k == "uniform" or (k == "random" and random and self.row["quality_loss_pct"] > random.mean)
-            ]
             parts, tone = ["no better than random"] if "random" in rivals and "random" not in ahead else [], "bad"
-            if ahead or not parts:
-                parts.append(f"LOSES to {_listed(ahead or ['its control'])}")
-        if beats is not None and "downsample" in rivals:
-            parts, tone = [*parts, "LOSES to down-sampling"], "bad" if tone == "bad" else "warn"
+            ahead = ahead or ([] if parts else ["its control"])
+        if ahead and beats is not None:
+            parts.append(f"LOSES to {_listed([SPOKEN.get(kind, kind) for kind in ahead])}")
+            tone = "bad" if beats is False else "warn"
         if self.row.get("slower_than_dense"):
             parts, tone = [*parts, "slower than dense"], "bad" if tone == "bad" else "warn"
         return ", ".join(parts) or "no control", tone
@@ -178,6 +174,17 @@ def _variant(row: Row) -> str:
     return spec if spec.startswith(name) else f"{name} ({spec.rstrip('/').rpartition('/')[2]})"
 
 
+def titled(found: Sequence[Experiment], experiment: Experiment, label: str) -> str:
+    """The method's label, with what it ran on where there are several."""
+    return label if sum(label in e.labels for e in found) < 2 else f"{label} · {placed(found, experiment)}"
+
+
+def placed(found: Sequence[Experiment], experiment: Experiment) -> str:
+    """The model's name, with the task where several ran on that model."""
+    alone = sum(e.name == experiment.name for e in found) < 2
+    return experiment.name if alone else f"{experiment.name} · {experiment.task}"
+
+
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Indices of the points (speed-up, loss) that no other point betters, by rising speed-up.
 
@@ -201,13 +208,11 @@ def opening(found: Sequence[Experiment], machines: Sequence[str] = ()) -> str:
     budgets = len({(line.label, line.keep, e.model) for e in found for line in e.lines})
     kinds = [SPOKEN[kind] for kind in SPOKEN if any(kind in line.controls for e in found for line in e.lines)]
     beside = f" and {_listed(kinds)} controls of the same budget" if kinds else ""
-    where = _listed(
-        list(dict.fromkeys(f"{row.get('device')} in {row.get('dtype')}" for row in rows if row.get("device")))
-        or ["this machine"]
-    )
+    runs = list(dict.fromkeys(f"{row.get('device')} in {row.get('dtype')}" for row in rows if row.get("device")))
+    where = " and ".join([f"{'; '.join(machines)} ({', '.join(runs)})"] if machines else runs or ["this machine"])
     return (
         f"Measured: {'; '.join(what)}. {budgets} settings in all ran beside the dense model{beside}: "
-        f"same inputs, same process, taking turns, on {where}{f' of {_listed(machines)}' if machines else ''}."
+        f"same inputs, same process, taking turns, on {where}."
     )
 
 

@@ -228,7 +228,9 @@ class Pass:
         if bypassed is not False:
             slot, valid = pack(run_BN)
         sub = stream.bypassed_attention is not False or stream.bypassed_mlp is not False
-        self._tap = Tap(cache)
+        self._tap = Tap(cache, stream._weight if slot is None else None)
+        if stream._weight is not None:
+            kwargs["past_key_values"] = self._tap
         if stream._watch is not None:
             if entry is not None:
                 check_dynamic(entry)

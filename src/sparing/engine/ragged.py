@@ -142,13 +142,20 @@ def ragged(cache: Cache, layer: int, batch: int, device: torch.device, pad_BT: T
 
 
 class Tap:
-    """Stands in for the cache during one layer to see the keys that the layer computes anyway."""
+    """Stands in for the cache during one layer: sees the keys that the layer computes anyway, weighs its values.
 
-    def __init__(self, cache: Cache | None) -> None:
+    Attributes:
+        keys: (B, G, K, d) that the layer attends to, once it has run.
+    """
+
+    def __init__(self, cache: Cache | None, weight_BN: Tensor | None = None) -> None:
         self._cache = cache
+        self._weight = weight_BN
         self.keys: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self._weight is not None:
+            value_states = value_states * self._weight[:, None, :, None].to(value_states.dtype)
         if self._cache is not None:
             key_states, value_states = self._cache.update(key_states, value_states, *args, **kwargs)
         self.keys = key_states

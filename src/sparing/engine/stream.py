@@ -91,6 +91,7 @@ class Stream:
         self.bypassed_attention: Tensor | bool = False
         self.bypassed_mlp: Tensor | bool = False
         self.frees_cache = False
+        self._weight: Tensor | None = None  # (B, N) factor on the values that attention reads
         self._watch: tuple[Tensor, Tensor | None, Tensor | None] | None = None  # query, validity, visibility
         self._watched: tuple[tuple[Tensor, Tensor | None, Tensor | None], Tensor] | None = None  # … and keys
 
@@ -327,6 +328,7 @@ class Stream:
         if self.valid is not None:
             valid = take(self.valid, slot_BM) if valid is None else valid & take(self.valid, slot_BM)
         self._index, self.hidden, self.valid = take(self.index, slot_BM), take(self.hidden, slot_BM), valid
+        self._weight = None if self._weight is None else take(self._weight, slot_BM)
         self._kept = {}
         self._watched = None
 
@@ -397,6 +399,8 @@ class Stream:
             here = torch.cat([torch.ones_like(i, dtype=torch.bool) if v is None else v for v, i in parts], 1)
         order = torch.argsort(full if here is None else full.masked_fill(~here, self.width), dim=1)
         joined = torch.cat([self.hidden, hidden], 1)
+        if self._weight is not None:
+            self._weight = take(torch.cat([self._weight, self._weight.new_ones(index.shape)], 1), order)
         self.hidden, self._index = take(joined, order), take(full, order)
         self.valid = None if here is None else take(here, order)
         self._kept, self._watched = {}, None
@@ -410,8 +414,15 @@ class Stream:
             return features.view_as(hidden)
         return hidden.index_put(valid.nonzero(as_tuple=True), features)
 
-    def scale_visual(self, factor_BV: Tensor) -> None:
-        """Multiply the hidden states of alive visual rows by a factor (in the order of `received`)."""
+    def weigh_visual(self, factor_BV: Tensor) -> None:
+        """Multiply what attention reads from alive visual rows (their values) by a factor, in all layers from here on.
+
+        For masks with a gradient: a pre-norm layer does not notice the scale of its input, so a factor on the hidden
+        states would learn next to nothing. Factors of several calls multiply.
+
+        Args:
+            factor_BV: in the order of `received`.
+        """
         slot, valid = self.visual_slots()
         factor = factor_BV if valid is None else torch.where(valid, factor_BV, torch.ones_like(factor_BV))
         ones = torch.ones(self.hidden.shape[:2], dtype=factor.dtype, device=factor.device)
@@ -420,7 +431,7 @@ class Stream:
             ones = ones.index_put((rows, slot), factor)
         else:
             ones = ones.index_put((rows[valid], slot[valid]), factor[valid])
-        self.hidden = self.hidden * ones[..., None].to(self.hidden.dtype)
+        self._weight = ones if self._weight is None else self._weight * ones
 
     def merge(self, owner_BN: Tensor, weight_BN: Tensor | None = None) -> None:
         """Merge rows: each row's state is averaged into row owner_BN, which survives; a row owning itself survives.

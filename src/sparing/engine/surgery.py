@@ -504,7 +504,7 @@ class NoAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
         if past_key_values is not None:
-            token_B1T1 = hidden_states[:, None, :, :1] * 0
+            token_B1T1 = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
             past_key_values.update(token_B1T1, token_B1T1, self.layer_idx)
         return self.o_proj(hidden_states[..., :0]), None
 

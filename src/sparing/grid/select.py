@@ -127,9 +127,9 @@ def soft_top_k(score_BN: Tensor, k: int | Tensor, sharpness: float | None = None
     """Differentiable top-k of HiDrop (2026): sigmoid of the normalised rank, kept where it exceeds 1/2.
 
     c'_i = (1/N) sum_j 1[c_i >= c_j],  m_i = sigmoid(lambda (c'_i - a)),  a = 1 - k/N,  lambda = N by default.
-    The rank c' is a step function, so m as defined has no gradient to c; the straight-through estimator here uses the
-    derivative of the same sigmoid with c' replaced by its smooth counterpart
-    s_i = (1/N) sum_j sigmoid(lambda (c~_i - c~_j)), c~ being c scaled to unit spread. Values are the paper's.
+    The rank c' is a step function, so m as defined has no gradient to c. Values here are the paper's; the gradient is that
+    of sigmoid(2 (z_i - t)), z being c scaled to mean 0 and spread 1 over the row, t half-way between the k-th and the next.
+    (A smooth rank with lambda = N was tried: only a handful of tokens next to the threshold then get any gradient.)
 
     Args:
         score_BN: c; -inf marks entries that take no part (they count out of N).
@@ -155,12 +155,13 @@ def soft_top_k(score_BN: Tensor, k: int | Tensor, sharpness: float | None = None
     keep_BN = top_k(score, torch.minimum(k_B1[:, 0], part_BN.sum(-1))) & part_BN
     if score_BN.requires_grad:
         finite = score.masked_fill(~part_BN, 0.0)
-        centre = finite.sum(-1, keepdim=True) / count_B1
-        spread = (((finite - centre) ** 2 * part_BN).sum(-1, keepdim=True) / count_B1).sqrt().detach() + 1e-6
-        unit = (finite - centre) / spread
-        pairs = torch.sigmoid(lam_B1[:, :, None] * (unit[:, :, None] - unit[:, None, :])) * part_BN[:, None, :]
-        smooth_BN = torch.sigmoid(lam_B1 * (pairs.sum(-1) / count_B1 - at_B1)) * part_BN
-        mask_BN = mask_BN.detach() + smooth_BN - smooth_BN.detach()
+        gap = (finite - finite.sum(-1, keepdim=True) / count_B1) * part_BN
+        z_BN = gap / ((gap**2).sum(-1, keepdim=True) / count_B1).sqrt().clamp(min=1e-6)
+        lowest_kept = z_BN.masked_fill(~keep_BN, torch.inf).min(-1, keepdim=True).values
+        best_lost = z_BN.masked_fill(keep_BN | ~part_BN, -torch.inf).max(-1, keepdim=True).values
+        edge_B1 = torch.nan_to_num((lowest_kept + best_lost) / 2, nan=0.0, posinf=0.0, neginf=0.0).detach()
+        smooth_BN = torch.sigmoid(2 * (z_BN - edge_B1)) * part_BN
+        mask_BN = mask_BN.detach() + (smooth_BN - smooth_BN.detach())
     return keep_BN, mask_BN
 
 
