@@ -21,7 +21,7 @@ from sparing.engine.train import finetune
 from sparing.grid.method import Method
 
 DOCS = Path(__file__).parent.parent / "docs" / "results"
-START = {"inject": 1, "filters": (1, 2), "keeps": (64, 32), "of": 256, "exit": 6}
+START = {"inject": 1, "filters": (1, 2), "of": 256, "exit": 6}
 
 
 def main() -> None:
@@ -31,6 +31,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--limit", type=int, default=1000, help="held-out scenes")
+    parser.add_argument("--keeps", type=int, nargs="+", default=[64, 32], help="shape of the pyramid, of 256")
+    parser.add_argument("--arms", nargs="+", default=["hidrop", "random", "uniform", "oracle"])
     parser.add_argument("--threads", type=int, default=None)
     args = parser.parse_args()
     if args.threads:
@@ -60,13 +62,14 @@ def main() -> None:
     if "dense" not in found:
         note("dense", score(None))
     for keep in args.keep:
-        hidrop, curves = sparing.get("hidrop")(**START).choose(model, calibration, keep=keep)  # type: ignore[attr-defined]
+        start: Any = sparing.get("hidrop")(**START, keeps=tuple(args.keeps))
+        hidrop, curves = start.choose(model, calibration, keep=keep)
         note(f"curves {keep:g}", {k: [round(x, 4) for x in v] for k, v in curves.items()})
         spends = sum(hidrop.shares(shape)) / shape.layers
         arms = {"hidrop": hidrop, **{k: hidrop.control(k, shape) for k in ("random", "uniform", "oracle")}}
         for name, method in arms.items():
             key = f"{name} {keep:g}"
-            if key in found:
+            if key in found or name not in args.arms:
                 continue
             row: dict[str, Any] = {"method": method.name, "fields": method.fields(), "cells": spends}
             row["untrained"] = score(method)

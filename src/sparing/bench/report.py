@@ -107,7 +107,9 @@ def _dense_cell(experiment: Experiment, head: str) -> str:
         "loss %": "0.0",
         "FLOPs": "100%",
         "memory": _number(row.get("peak_memory_mb"), "{:.0f}"),
-        "size": _number(row.get("size_mb") or row.get("size_dense_mb"), "{:.1f}"),
+        "size": _number(
+            next((x.row["size_dense_mb"] for x in experiment.lines if x.row.get("size_dense_mb")), None), "{:.1f}"
+        ),
         "prefill": "1.00×" if row.get("prefill_speedup") is None else _speed(row, "prefill_speedup"),
         "decode": "1.00×" if row.get("decode_speedup") is None else _speed(row, "decode_speedup"),
     }
