@@ -29,10 +29,10 @@ demo: $(VENV)/.ready
 	$(BIN)/sparing report $(OUT)/vlm $(OUT)/lm --out $(OUT)
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 test-slow: $(VENV)/.ready
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n auto $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

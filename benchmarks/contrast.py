@@ -14,11 +14,12 @@ import json
 import statistics
 from pathlib import Path
 
-import sparing
 import torch
+from tqdm import tqdm
+
+import sparing
 from sparing.bench import tasks
 from sparing.bench.models import load_model
-from tqdm import tqdm
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -65,8 +66,8 @@ def write(dense: float, table: dict[str, list[float | None]], args: argparse.Nam
         "# Is the instrument valid?",
         "",
         f"`lab:vlm` answers {dense:.1%} of {args.limit} questions about held-out digits. The table keeps "
-        f"{args.keep:.0%} of its 256 visual tokens from a layer on (layers count from 0; positions stay) and shows exact "
-        f"match in percent. Random: mean of {args.seeds} seeds. `make contrast` writes this page.",
+        f"{args.keep:.0%} of its 256 visual tokens from a layer on (layers count from 0; positions stay) and shows "
+        f"exact match in percent. Random: mean of {args.seeds} seeds. `make contrast` writes this page.",
         "",
         "| drop before layer | " + " | ".join(map(str, layers)) + " |",
         "|---" * (len(layers) + 1) + "|",
@@ -75,11 +76,11 @@ def write(dense: float, table: dict[str, list[float | None]], args: argparse.Nam
         line("attention of the last token (FastV)", table["fastv"]),
         line("oracle (patches of the asked colour)", table["oracle"]),
         "",
-        f"From a quarter of the layers on (layer {quarter}), random choice loses {lost['random']:.0f} points and the oracle "
-        f"{lost['oracle']:.1f}. So what a method keeps matters, a perfect choice costs almost nothing, and the room between "
-        "the two is what methods are measured in. Recognition happens inside the language model (the vision tower has one "
-        "layer), as in large models: in the deep layers the answer has moved to the last token and even random choice is "
-        "harmless.",
+        f"From a quarter of the layers on (layer {quarter}), random choice loses {lost['random']:.0f} points and the "
+        f"oracle {lost['oracle']:.1f}. So what a method keeps matters, a perfect choice costs almost nothing, and the "
+        "room between the two is what methods are measured in. Recognition happens inside the language model (the "
+        "vision tower has one layer). From the layer on where random choice becomes harmless the answer has moved to "
+        "the last token, and nothing can be told apart any more: budgets have to bite before it.",
         "",
     ]
     (DOCS / "results").mkdir(parents=True, exist_ok=True)

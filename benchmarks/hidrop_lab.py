@@ -13,8 +13,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import sparing
 import torch
+
+import sparing
 from sparing.bench import tasks
 from sparing.bench.models import load_model
 from sparing.engine.train import finetune
@@ -93,8 +94,8 @@ def write(found: dict[str, Any], args: argparse.Namespace) -> None:
         "# HiDrop on lab:vlm",
         "",
         f"Exact match on {args.limit} held-out scenes; dense {dense:.1%}. Each arm with training saw the same "
-        f"{args.steps} batches of 32 training scenes (AdamW, peak rate {args.lr:g}), its own schedule on; layers chosen by "
-        "`HiDrop.choose`. `benchmarks/hidrop_lab.py` writes this page.",
+        f"{args.steps} batches of 32 training scenes (AdamW, peak rate {args.lr:g}), its own schedule on; layers "
+        "chosen by `HiDrop.choose`. `benchmarks/hidrop_lab.py` writes this page.",
         "",
         "| vision-token-layers | tokens a layer | arm | untrained | trained | of dense |",
         "|---|---|---|---|---|---|",

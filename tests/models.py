@@ -45,11 +45,19 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> hf.PreTrainedModel:
         )
     elif name == "llava":
         vision = hf.CLIPVisionConfig(
-            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=8,
         )
         model = hf.LlavaForConditionalGeneration(
             hf.LlavaConfig(
-                vision_config=vision, text_config=hf.LlamaConfig(**_SIZES), image_token_id=IMAGE, vision_feature_layer=-1
+                vision_config=vision,
+                text_config=hf.LlamaConfig(**_SIZES),
+                image_token_id=IMAGE,
+                vision_feature_layer=-1,
             )
         )
     elif name == "qwen2.5-vl":

@@ -28,7 +28,10 @@ def fields() -> str:
 
     parts = ["# Methods\n\nGenerated from the registry by `make docs`.\n\n" + table(controls=True)]
     for name, cls in sparing.methods().items():
-        parts.append(f"\n## {name}\n\n{cls.card.summary}.\n\n| field | default | allowed | meaning | source |\n|---|---|---|---|---|\n")
+        parts.append(
+            f"\n## {name}\n\n{cls.card.summary}.\n\n"
+            "| field | default | allowed | meaning | source |\n|---|---|---|---|---|\n"
+        )
         for f in dataclasses.fields(cls):
             rule = f.metadata["rule"]
             allowed = rule.allowed.replace("|", "\\|")

@@ -24,6 +24,7 @@ __all__ = [
     "attach",
     "compare",
     "count",
+    "depth",
     "from_pretrained",
     "get",
     "lab",
@@ -33,5 +34,7 @@ __all__ = [
     "prune",
     "save_pretrained",
     "shape",
+    "tokens",
     "view",
+    "width",
 ]

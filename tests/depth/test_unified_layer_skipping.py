@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import sparing
 import torch
+from transformers import PreTrainedModel
+
+import sparing
 from sparing.depth.unified_layer_skipping import UnifiedLayerSkipping
 from sparing.grid.method import Shape
 from tests.models import LAYERS, VOCAB, build, prompt, single
-from transformers import PreTrainedModel
 
 SHAPE = Shape(LAYERS, 4, 2, 8, 32, 48)
 
@@ -57,7 +58,7 @@ def test_3_sizes_and_ends(rule: str, L: int, S: float) -> None:
 def test_3_fewer_than_two_layers_are_refused(llama: PreTrainedModel) -> None:
     with pytest.raises(sparing.Error, match="S = 4: leaves 1 of 6 layers"):
         UnifiedLayerSkipping(S=4).layer_set(LAYERS)
-    with pytest.raises(sparing.BudgetError, match="keep = 0.2: .*at least 2 of 6"):
+    with pytest.raises(sparing.BudgetError, match=r"keep = 0.2: .*at least 2 of 6"):
         UnifiedLayerSkipping().at(0.2, SHAPE)
 
 
@@ -65,15 +66,21 @@ def test_3_fewer_than_two_layers_are_refused(llama: PreTrainedModel) -> None:
 def test_4_prefill_is_dense(llama: PreTrainedModel, S: int) -> None:
     batch = prompt("llama")
     with torch.no_grad():
-        dense = llama.generate(**batch, max_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        dense = llama.generate(
+            **batch, max_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
         with sparing.attach(llama, UnifiedLayerSkipping(S=S)):
             assert torch.equal(llama(**batch).logits, llama(**batch).logits)
-            out = llama.generate(**batch, max_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True)
+            out = llama.generate(
+                **batch, max_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
     assert torch.equal(out.logits[0], dense.logits[0])
     assert not torch.equal(out.logits[1], dense.logits[1])
 
 
-def two_pass(model: PreTrainedModel, prompt_ids: torch.Tensor, answer: torch.Tensor, kept: tuple[int, ...]) -> torch.Tensor:
+def two_pass(
+    model: PreTrainedModel, prompt_ids: torch.Tensor, answer: torch.Tensor, kept: tuple[int, ...]
+) -> torch.Tensor:
     """The paper's two passes written out: prompt through all layers, response through K on the prompt's cache."""
     decoder = model.model
     ids = torch.cat([prompt_ids, answer], 1)
@@ -98,7 +105,9 @@ def test_5_cached_decoding_equals_two_passes(llama: PreTrainedModel, S: float) -
     batch = prompt("llama", (7, 4))
     with torch.no_grad():
         with sparing.attach(llama, method):
-            out = llama.generate(**batch, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+            out = llama.generate(
+                **batch, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
         for row in range(2):
             alone = single("llama", batch, row)["input_ids"]
             expected = two_pass(llama, alone, out.sequences[row : row + 1, 7:], method.layer_set(LAYERS))
@@ -169,7 +178,8 @@ def test_fit_trains_through_the_kept_layers() -> None:
 def test_decode_runs_only_kept_layers(llama: PreTrainedModel) -> None:
     ran = []
     hooks = [
-        layer.mlp.register_forward_hook(lambda m, a, o, i=i: ran.append(i)) for i, layer in enumerate(llama.model.layers)
+        layer.mlp.register_forward_hook(lambda m, a, o, i=i: ran.append(i))
+        for i, layer in enumerate(llama.model.layers)
     ]
     with torch.no_grad(), sparing.attach(llama, UnifiedLayerSkipping(S=2)) as run:
         llama.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=3, do_sample=False)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import sparing
 import torch
+from transformers import PreTrainedModel
+
+import sparing
 from sparing.engine.stream import Stream, StreamMethod, pack
 from sparing.grid.method import Card
 from tests.models import ARCHITECTURES, LAYERS, build, prompt
-from transformers import PreTrainedModel
 
 
 class Act(StreamMethod):
@@ -165,7 +166,12 @@ def test_whole_sublayers_bypassed_with_cache(llama: PreTrainedModel) -> None:
         again = llama(out.sequences).logits[:, 6:-1]
     torch.testing.assert_close(torch.stack(out.logits, 1), again, rtol=1e-4, atol=1e-4)
     assert [layer.columns.shape[1] if hasattr(layer, "columns") else 10 for layer in out.past_key_values.layers] == [
-        10, 0, 10, 10, 0, 10,
+        10,
+        0,
+        10,
+        10,
+        0,
+        10,
     ]
 
 
@@ -213,7 +219,10 @@ def test_several_images_and_none(llava: PreTrainedModel) -> None:
     ids[1, 5:21] = image
     mask = torch.ones_like(ids)
     pixels = torch.randn(3, 3, 32, 32)
-    with torch.no_grad(), sparing.attach(llava, sparing.parse("uniform-tokens:schedule=1/1/0.25/0.25/0.25/0.25"), trace=True) as run:
+    with (
+        torch.no_grad(),
+        sparing.attach(llava, sparing.parse("uniform-tokens:schedule=1/1/0.25/0.25/0.25/0.25"), trace=True) as run,
+    ):
         logits = llava(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits
         index = run.trace.cells[0].index[3]
         assert index is not None
@@ -288,7 +297,10 @@ def test_sliding_windows_count_original_positions(name: str) -> None:
 def test_every_layer_count_matches_hooks_on_the_gemms() -> None:
     model = build("llama")
     widths: list[int] = []
-    hooks = [layer.mlp.up_proj.register_forward_hook(lambda m, a, o: widths.append(o.shape[1])) for layer in model.model.layers]
+    hooks = [
+        layer.mlp.up_proj.register_forward_hook(lambda m, a, o: widths.append(o.shape[1]))
+        for layer in model.model.layers
+    ]
     with torch.no_grad(), sparing.attach(model, Act(lambda s, i: s.drop(columns(s, i)))):
         model(torch.randint(2, 99, (1, 9)))
     assert widths == [9 - i - 1 for i in range(LAYERS)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 import sparing
 from sparing.grid.budget import SHAPES, apportion, kept, spaced, spread
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from sparing.grid.score import attention_received, attention_rows, cosine, entropy, norm, standardise
 
 

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+
 from sparing.grid.select import cluster, diverse, evenly, ranks, soft_top_k, straight_through, threshold, top_k
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import sparing
 import torch
-from tests.models import LAYERS, VOCAB, build, prompt
 from transformers import PreTrainedModel
+
+import sparing
+from tests.models import LAYERS, VOCAB, build, prompt
 
 # tests.models: D = 32, H = 4 heads of d = 8, G = 2 KV heads, F = 48 neurons.
 D, H, G, d, F = 32, 4, 2, 8, 48
@@ -64,7 +65,10 @@ def test_dropped_rows_are_not_executed(llava: PreTrainedModel) -> None:
 
 def test_compute_map(llava: PreTrainedModel) -> None:
     batch = prompt("llava", (6, 6), side="none")
-    with torch.no_grad(), sparing.attach(llava, sparing.parse("uniform-tokens:schedule=1/1/0.5/0.5/0.5/0"), trace=True) as run:
+    with (
+        torch.no_grad(),
+        sparing.attach(llava, sparing.parse("uniform-tokens:schedule=1/1/0.5/0.5/0.5/0"), trace=True) as run,
+    ):
         llava(**batch)
     picture = run.trace.map(sample=1)
     assert picture.shape == (LAYERS, 22)

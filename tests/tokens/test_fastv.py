@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import sparing
 import torch
+
+import sparing
 from sparing.grid.method import Shape
 from tests.models import VISUAL, build, prompt
 

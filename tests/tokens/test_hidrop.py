@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import pytest
-import sparing
 import torch
+from transformers import PreTrainedModel
+
+import sparing
 from sparing.engine.overlap import deferred_vision
 from sparing.engine.stream import Stream, StreamMethod, take
 from sparing.grid.method import Card, Shape
 from sparing.grid.select import soft_top_k
 from sparing.tokens.hidrop import HiDrop, ilvas
 from tests.models import LAYERS, VISUAL, build, prompt
-from transformers import PreTrainedModel
 
 LLAVA_7B = Shape(32, 32, 32, 128, 4096, 11008, 576)
 CUT = HiDrop(inject=2, filters=(3, 4), keeps=(7, 3), of=VISUAL, exit=5)
@@ -107,7 +108,9 @@ def test_6_compact_positions_are_another_thing(llava: PreTrainedModel) -> None:
             persistent = llava(**batch).logits
         with sparing.attach(llava, CUT.replace(compact=True)) as run:
             compact = llava(**batch).logits
-            out = llava.generate(**batch, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True)
+            out = llava.generate(
+                **batch, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
             run.prompt = 22
             again = llava(out.sequences, pixel_values=batch["pixel_values"]).logits[:, 21:-1]
     assert not torch.allclose(persistent, compact)
@@ -226,7 +229,10 @@ def test_choose_finds_layers_in_range() -> None:
     )
     assert 1 <= method.inject <= method.exit <= LAYERS
     assert {k: len(v) for k, v in curves.items()} == {
-        "intra": LAYERS - 1, "ilvas": LAYERS - 1, "inject": LAYERS, "exit": LAYERS,
+        "intra": LAYERS - 1,
+        "ilvas": LAYERS - 1,
+        "inject": LAYERS,
+        "exit": LAYERS,
     }
     assert curves["exit"][-1] == curves["inject"][0] == 1.0
     budgeted, _ = HiDrop(filters=(2, 3), keeps=(7, 3), inject=1, exit=4, of=VISUAL).choose(

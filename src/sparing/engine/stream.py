@@ -141,8 +141,8 @@ class Stream:
     def queries(self) -> Tensor:
         """(B, N) bool: the rows whose attention ranks visual tokens.
 
-        The last prompt token of each sample (if it has left: the last one alive); in training (labels given) every token
-        just before an answer span.
+        The last prompt token of each sample (if it has left: the last one alive); in training (labels given) every
+        token just before an answer span.
         """
         return self._memo("queries", self._asking)
 

@@ -127,8 +127,9 @@ def soft_top_k(score_BN: Tensor, k: int | Tensor, sharpness: float | None = None
     """Differentiable top-k of HiDrop (2026): sigmoid of the normalised rank, kept where it exceeds 1/2.
 
     c'_i = (1/N) sum_j 1[c_i >= c_j],  m_i = sigmoid(lambda (c'_i - a)),  a = 1 - k/N,  lambda = N by default.
-    The rank c' is a step function, so m as defined has no gradient to c. Values here are the paper's; the gradient is that
-    of sigmoid(2 (z_i - t)), z being c scaled to mean 0 and spread 1 over the row, t half-way between the k-th and the next.
+    The rank c' is a step function, so m as defined has no gradient to c. Values here are the paper's; the gradient is
+    that of sigmoid(2 (z_i - t)), z being c scaled to mean 0 and spread 1 over the row, t half-way between the k-th and
+    the next.
     (A smooth rank with lambda = N was tried: only a handful of tokens next to the threshold then get any gradient.)
 
     Args:

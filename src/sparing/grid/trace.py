@@ -18,7 +18,9 @@ def _fused_cpu_sdpa(query: Any, key: Any, value: Any, *args: Any, out_shape: Any
     return sdpa_flop_count(query, key, value)
 
 
-def _grouped(rows: Tensor, weight: Tensor, offs: Tensor | None = None, *args: Any, out_val: Any = None, **kw: Any) -> int:
+def _grouped(
+    rows: Tensor, weight: Tensor, offs: Tensor | None = None, *args: Any, out_val: Any = None, **kw: Any
+) -> int:
     """One GEMM over rows that are sorted by expert: only rows before the last offset are multiplied."""
     if rows.ndim == weight.ndim == 2:  # gradient of the weights, one (K, S_e) x (S_e, N) product an expert
         return 2 * rows.shape[0] * rows.shape[1] * weight.shape[1]

@@ -27,5 +27,7 @@ def folder(name: str) -> Path:
     'vlm'
     """
     if name not in names():
-        raise Error(f"model = 'lab:{name}': there is no such lab model; there are {', '.join('lab:' + n for n in names())}")
+        raise Error(
+            f"model = 'lab:{name}': there is no such lab model; there are {', '.join('lab:' + n for n in names())}"
+        )
     return _WEIGHTS / name

@@ -54,9 +54,10 @@ class HiDrop(StreamMethod):
     6. *Parallel decoupling.* On CUDA the vision tower runs on a side stream beside the text-only layers. (Caching K/V
        across layers, as the paper words it, makes sense within a layer only; overlap is what can be had.)
 
-    Departures: the released top-k returns indices only, so no gradient reaches the scores; here the values that attention
-    reads from kept tokens are multiplied by 1 + (m - stop(m)) in the layers behind the filter, which trains the projections
-    that select (`grid.select.soft_top_k` says how m gets a gradient to c; `Stream.weigh_visual` why not the states). Of tied scores exactly k survive, the earlier tokens. On a model with fewer layers than `exit` the
+    Departures: the released top-k returns indices only, so no gradient reaches the scores; here the values that
+    attention reads from kept tokens are multiplied by 1 + (m - stop(m)) in the layers behind the filter, which trains
+    the projections that select (`grid.select.soft_top_k` says how m gets a gradient to c; `Stream.weigh_visual` why not
+    the states). Of tied scores exactly k survive, the earlier tokens. On a model with fewer layers than `exit` the
     published positions are scaled to its depth. Published results are after training with the schedule (`fit`).
 
     Cost of a decision: a key projection of the alive rows and one row of attention a filter; main attention untouched.
@@ -164,7 +165,9 @@ class HiDrop(StreamMethod):
     def _select(self, stream: Stream, count_B: Tensor) -> Tensor:
         score_BV = stream.received()
         if torch.is_grad_enabled():
-            score_BV = torch.where(score_BV.isinf(), score_BV, score_BV.clamp(min=1e-20).log())  # the same ranks; attention itself is too skewed to scale
+            score_BV = torch.where(
+                score_BV.isinf(), score_BV, score_BV.clamp(min=1e-20).log()
+            )  # the same ranks; attention itself is too skewed to scale
         keep_BV, mask_BV = soft_top_k(score_BV, count_B, self.sharpness)
         if mask_BV.requires_grad:
             stream.weigh_visual(straight_through(mask_BV))
@@ -188,12 +191,12 @@ class HiDrop(StreamMethod):
     ) -> tuple[Self, dict[str, list[float]]]:
         """Choose inject, filters and exit for a model from an analysis of it running dense.
 
-        - inject: the layer behind the first local minimum of S_intra(l) = mean_i cos(h_i^l, h_i^(l+1)), i visual; 1 where
-          joining there changes more than 10 % of the dense model's answers, because then its shallow layers are not
+        - inject: the layer behind the first local minimum of S_intra(l) = mean_i cos(h_i^l, h_i^(l+1)), i visual; 1
+          where joining there changes more than 10 % of the dense model's answers, because then its shallow layers are not
           passive and there is nothing to inject late [our rule].
         - exit: the shallowest layer behind which dropping all visual tokens changes at most 1 % of the answers.
-        - filters: local maxima of ILVAS(l, l+n, K) between them, the highest ones, at most as many as the method has. Where
-          the first comes too late for the budget, one more stands before it, so early that the layers before it cost at
+        - filters: local maxima of ILVAS(l, l+n, K) between them, the highest ones, at most as many as the method has.
+          Where the first comes too late for the budget, one more stands before it, so early that the layers before it cost at
           most half the budget [our rule].
 
         Args:
