@@ -7,9 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out/demo
 KEEP_VLM ?= 0.5,0.3,0.2
-KEEP_LM ?= 0.75,0.5,0.33
-SCENES ?= 200
-WINDOWS ?= 32
+KEEP_LM ?= 0.8,0.5,0.33
+SCENES ?= 150
+WINDOWS ?= 16
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test test-slow lint format docs contrast clean
@@ -22,9 +22,9 @@ $(VENV)/.ready: pyproject.toml
 
 # The main job on the embedded models. Finished rows are kept: a second call recomputes nothing.
 demo: $(VENV)/.ready
-	$(BIN)/sparing compare lab:vlm --task find-digit --keep $(KEEP_VLM) --limit $(SCENES) --out $(OUT)/vlm --resume \
+	$(BIN)/sparing compare lab:vlm --task find-digit --keep $(KEEP_VLM) --limit $(SCENES) --repeats 7 --out $(OUT)/vlm --resume \
 		--method hidrop:inject=1,filters=1/2,keeps=64/32,of=256,exit=5 --method fastv:K=1
-	$(BIN)/sparing compare lab:lm --task ppl --keep $(KEEP_LM) --limit $(WINDOWS) --out $(OUT)/lm --resume \
+	$(BIN)/sparing compare lab:lm --task ppl --keep $(KEEP_LM) --limit $(WINDOWS) --repeats 7 --out $(OUT)/lm --resume \
 		--method unified-layer-skipping --method flap
 	$(BIN)/sparing report $(OUT)/vlm $(OUT)/lm --out $(OUT)
 

@@ -462,6 +462,16 @@ def test_heads_that_the_config_class_refuses_stay_in_our_section(tmp_path: Path)
     torch.testing.assert_close(again, want, rtol=1e-5, atol=1e-6)
 
 
+def test_classifiers_load_with_their_own_loss(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = hf.LlamaForSequenceClassification(hf.LlamaConfig(**_SIZES | {"num_hidden_layers": 2}, num_labels=3)).eval()
+    small, batch = cut(model, Plan((LayerCut(few(1), few(2, 3)), LayerCut()))), prompt("llama")
+    again: Any = sparing.from_pretrained(save_pretrained(small, tmp_path))
+    assert again.loss_type == small.loss_type == "ForSequenceClassification"
+    with torch.no_grad():
+        torch.testing.assert_close(again(**batch).logits, small(**batch).logits, rtol=1e-5, atol=1e-6)
+
+
 def test_the_model_card_says_what_was_done(tmp_path: Path) -> None:
     method = sparing.parse("uniform-width:groups=1,neurons=16,compensate=false")
     small = sparing.prune(model_of("llama"), method)

@@ -17,7 +17,7 @@ from sparing.engine.surgery import LayerCut, Moments, Plan, compensation, cut, m
 from sparing.engine.view import View
 from sparing.grid.method import BudgetError, Shape
 from sparing.grid.score import standardise
-from sparing.width.flap import Flap, _aligned, fluctuation
+from sparing.width.flap import Flap, _aligned, _fill, fluctuation
 from tests.models import build, prompt
 
 # The card's small example: four one-token samples, three channels.
@@ -354,6 +354,10 @@ def test_structures_share_the_budget_as_named(multiple: int) -> None:
     if multiple == 1:
         left = 0.7 * LAYERS * (GROUPS * 24 + N) - 3 * LAYERS * 24
         assert abs(sum(counts["AL-MM"]["neurons"]) - left) <= 0.5
+
+
+def test_costs_beyond_float32_are_counted_to_the_last_parameter() -> None:
+    assert _fill([torch.tensor([5.0]), torch.tensor([4.0, 3, 2, 1])], [2**27, 1], 2**27 + 2.0) == [1, 2]
 
 
 def test_alignment_keeps_the_total() -> None:

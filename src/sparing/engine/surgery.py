@@ -899,10 +899,9 @@ def _cut_class(kind: Any, config: Any, section: dict[str, Any]) -> Any:
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
             _reshape(self, shapes)
-            self.__class__ = kind
+            self.__class__ = kind  # as which transformers knows how to rename a checkpoint's tensors
 
-    # transformers looks up how to rename a checkpoint's tensors by these
-    Cut.__name__, Cut.__qualname__, Cut.__module__ = kind.__name__, kind.__qualname__, kind.__module__
+    Cut.__name__ = kind.__name__  # by which it finds the loss
     return Cut
 
 

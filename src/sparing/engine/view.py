@@ -223,7 +223,7 @@ class View:
     @property
     def shape(self) -> Shape:
         """Sizes for `Method.at`."""
-        first = next((v for v in self.layers if v.attention is not None), self.layers[0])
+        first = next((v for v in self.layers if v.heads), self.layers[0])  # a cut layer may have none
         return Shape(
             layers=len(self.layers),
             heads=first.heads,

@@ -192,12 +192,12 @@ class HiDrop(StreamMethod):
         """Choose inject, filters and exit for a model from an analysis of it running dense.
 
         - inject: the layer behind the first local minimum of S_intra(l) = mean_i cos(h_i^l, h_i^(l+1)), i visual; 1
-          where joining there changes more than 10 % of the dense model's answers, because then its shallow layers are not
-          passive and there is nothing to inject late [our rule].
+          where joining there changes more than 10 % of the dense model's answers, because then its shallow layers are
+          not passive and there is nothing to inject late [our rule].
         - exit: the shallowest layer behind which dropping all visual tokens changes at most 1 % of the answers.
         - filters: local maxima of ILVAS(l, l+n, K) between them, the highest ones, at most as many as the method has.
-          Where the first comes too late for the budget, one more stands before it, so early that the layers before it cost at
-          most half the budget [our rule].
+          Where the first comes too late for the budget, one more stands before it, so early that the layers before it
+          cost at most half the budget [our rule].
 
         Args:
             batches: calibration inputs with visual tokens, each sample with the same number.
