@@ -63,11 +63,12 @@ class LayerView:
 
     @property
     def heads(self) -> int:
-        return self.projection("o_proj").in_features // self.head_dim if self.attention is not None else 0
+        out = _child(self.attention, "o_proj", "dense", "out_proj") if self.attention is not None else None
+        return out.in_features // self.head_dim if isinstance(out, nn.Linear) else 0
 
     @property
     def groups(self) -> int:
-        if self.attention is None:
+        if not self.heads:
             return 0
         fused = self.fused_qkv
         if fused is not None:
