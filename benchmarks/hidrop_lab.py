@@ -81,7 +81,7 @@ def main() -> None:
                 state = finetune(model, method, train, lr=args.lr, weight_decay=0.01)
                 fitted = method.with_state(state)
                 fitted.save(folder)
-                row["trained"] = score(fitted)
+                row |= {"trained": score(fitted), "steps": args.steps}
             note(key, row)
             print(key, {k: v for k, v in row.items() if k in ("untrained", "trained")}, flush=True)
     write(found, args)
@@ -93,12 +93,12 @@ def write(found: dict[str, Any], args: argparse.Namespace) -> None:
     lines = [
         "# HiDrop on lab:vlm",
         "",
-        f"Exact match on {args.limit} held-out scenes; dense {dense:.1%}. Each arm with training saw the same "
-        f"{args.steps} batches of 32 training scenes (AdamW, peak rate {args.lr:g}), its own schedule on; layers "
-        "chosen by `HiDrop.choose`. `benchmarks/hidrop_lab.py` writes this page.",
+        f"Exact match on {args.limit} held-out scenes; dense {dense:.1%}. The arms of one budget have one "
+        f"schedule (layers chosen by `HiDrop.choose`) and were trained on the same batches of 32 training scenes, one "
+        f"question each (AdamW, peak rate {args.lr:g}, the schedule on). `benchmarks/hidrop_lab.py` writes this page.",
         "",
-        "| vision-token-layers | tokens a layer | arm | untrained | trained | of dense |",
-        "|---|---|---|---|---|---|",
+        "| vision-token-layers | tokens a layer | arm | steps | untrained | trained | of dense |",
+        "|---|---|---|---|---|---|---|",
     ]
     for key, row in found.items():
         if isinstance(row, dict) and "cells" in row:
@@ -108,8 +108,8 @@ def write(found: dict[str, Any], args: argparse.Namespace) -> None:
             best = row.get("trained", row["untrained"])
             tokens = " ".join(str(round(256 * s)) for s in shares)
             lines.append(
-                f"| {row['cells']:.1%} | {tokens} | {key.split()[0]} | {row['untrained']:.1%} | {trained} "
-                f"| {best / dense:.1%} |"
+                f"| {row['cells']:.1%} | {tokens} | {key.split()[0]} | {row.get('steps', '–')} "
+                f"| {row['untrained']:.1%} | {trained} | {best / dense:.1%} |"
             )
     DOCS.mkdir(parents=True, exist_ok=True)
     (DOCS / "hidrop.md").write_text("\n".join(lines) + "\n")
