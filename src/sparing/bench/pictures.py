@@ -382,7 +382,8 @@ def _legend(figure: Figure, lines: Sequence[Line], extra: Sequence[Any] = ()) ->
                 Line2D([], [], color=colour, ls=dashes, marker=marker, ms=4, mfc=CARD, label=f"{SPOKEN[kind]} control")
             )
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), labelcolor=MUTED)
+        columns = min(len(handles), 5, max(1, int(figure.get_figwidth() / 1.9)))  # as many as the picture is wide
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, labelcolor=MUTED)
 
 
 def controls(rows: Sequence[Row]) -> Figure | None:
