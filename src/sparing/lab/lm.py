@@ -264,7 +264,7 @@ def train(
             # A suspended process must not skip the part where the learning rate decays, hence at most a minute a step.
             now = time.monotonic()
             spent, clock = spent + min(now - clock, 60.0), now
-            bar.update(min(round(spent), bar.total) - bar.n)
+            bar.update(min(round(spent), round(budget)) - bar.n)
             bar.set_postfix(step=step, loss=f"{smooth:.3f}")
             if spent - saved_at > 120:
                 save()
