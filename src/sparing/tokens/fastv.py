@@ -60,16 +60,15 @@ class FastV(StreamMethod):
         return self.replace(R=round(1 - alive, 12))
 
     def shares(self, shape: Shape) -> tuple[float, ...]:
-        K = min(self.K, shape.layers)
-        return (1.0,) * K + (1 - self.R,) * (shape.layers - K)
+        return self._shares(shape.layers)
+
+    def _shares(self, layers: int) -> tuple[float, ...]:
+        K = min(self.K, layers)
+        return (1.0,) * K + (1 - self.R,) * (layers - K)
 
     def before_layer(self, stream: Stream, layer: int) -> None:
         if layer == self.K - 1 and self.R > 0:
             stream.watch()
         if layer == self.K and self.R > 0:
-            count_B = counts(self.shares(_shape(stream)), layer, stream.visual_total)
+            count_B = counts(self._shares(stream.layers), layer, stream.visual_total)
             stream.keep_visual(top_k(stream.watched(), count_B))
-
-
-def _shape(stream: Stream) -> Shape:
-    return Shape(stream.layers, 0, 0, 0, 0, 0)
