@@ -5,7 +5,8 @@ from __future__ import annotations
 from sparing import depth, lab, tokens, width  # the rooms register their methods
 from sparing.bench.compare import compare
 from sparing.engine.attach import Run, attach
-from sparing.engine.surgery import from_pretrained, prune, save_pretrained
+from sparing.engine.checkpoint import from_pretrained, save_pretrained
+from sparing.engine.surgery import prune
 from sparing.engine.view import View, shape
 from sparing.grid.method import BudgetError, Card, Error, Method, Shape, get, load, methods, parse
 from sparing.grid.trace import Trace, count

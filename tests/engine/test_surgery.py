@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import sparing
-from sparing.engine import surgery
-from sparing.engine.surgery import LayerCut, Moments, Plan, cut, masked, observe, save_pretrained
+from sparing.engine import checkpoint, units
+from sparing.engine.checkpoint import save_pretrained
+from sparing.engine.surgery import LayerCut, Plan, cut, masked
+from sparing.engine.units import Moments, observe
 from sparing.engine.view import View
 from tests.models import _SIZES, LAYERS, build, prompt
 
@@ -126,7 +128,7 @@ def test_streaming_moments_equal_two_passes(sizes: tuple[int, ...]) -> None:
 def test_streaming_moments_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     x, whole, chunked = torch.randn(23, 4) - 3, Moments(), Moments()
     whole.add(x, 2)
-    monkeypatch.setattr(surgery, "_ROWS", 5)
+    monkeypatch.setattr(units, "_ROWS", 5)
     chunked.add(x, 2)
     assert chunked.count == 23 and chunked.samples == 2
     torch.testing.assert_close(chunked.mean, whole.mean)
@@ -183,7 +185,7 @@ def test_observe_refuses_no_data_and_experts() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_unit_costs_are_the_parameters_that_leave(name: str) -> None:
     model = model_of(name)
-    group, neuron = surgery.unit_costs(View(model).layers[1])
+    group, neuron = units.unit_costs(View(model).layers[1])
     keep = few(*range(View(model).layers[1].groups - 1))
     for part, cost in ((LayerCut(groups=keep), group), (LayerCut(neurons=few(*range(47))), neuron)):
         small = cut(model, Plan((LayerCut(), part, *[LayerCut()] * (LAYERS - 2))))
@@ -314,15 +316,15 @@ def test_only_plain_linear_layers_are_cut() -> None:
 
 
 def test_rounded() -> None:
-    assert [surgery.rounded(k, 100, 16) for k in (0, 1, 23, 24, 99, 100)] == [0, 16, 16, 32, 96, 100]
+    assert [units.rounded(k, 100, 16) for k in (0, 1, 23, 24, 99, 100)] == [0, 16, 16, 32, 96, 100]
 
 
 def test_equal_counts_spend_the_budget() -> None:
     for budget, groups, limit, cost in ((59.0, 2.4, 20, (10, 2)), (59.0, 2.4, 18, (10, 2)), (7.0, 1.2, 9, (10, 2))):
-        g, n = surgery.equal_counts(budget, groups, limit, cost)
+        g, n = units.equal_counts(budget, groups, limit, cost)
         assert 0 <= n <= limit and g in (int(groups), int(groups) + 1)
         assert abs(g * cost[0] + n * cost[1] - budget) <= max(cost[1] / 2, 3)
-    assert surgery.equal_counts(59.0, 2.4, 18, (10, 2)) == (3, 15)  # 18 neurons cannot make up for the third group
+    assert units.equal_counts(59.0, 2.4, 18, (10, 2)) == (3, 15)  # 18 neurons cannot make up for the third group
 
 
 # --------------------------------------------------------------------------- checkpoints
@@ -419,7 +421,7 @@ def test_a_tampered_checkpoint_is_refused(saved: Path, tmp_path: Path, damage: s
 def test_plain_checkpoints_and_wrong_folders(tmp_path: Path) -> None:
     model, batch = model_of("qwen3"), prompt("qwen3")
     model.save_pretrained(tmp_path / "plain")
-    assert not surgery.is_cut(tmp_path / "plain") and not surgery.is_cut(tmp_path)
+    assert not checkpoint.is_cut(tmp_path / "plain") and not checkpoint.is_cut(tmp_path)
     with torch.no_grad():
         again, want = sparing.from_pretrained(tmp_path / "plain")(**batch).logits, model(**batch).logits
     torch.testing.assert_close(again, want, rtol=1e-5, atol=1e-6)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from sparing.lab import lm
+from sparing.lab import lm, pretrain
 from sparing.lab.text import heldout_text
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -128,33 +128,33 @@ def test_wrong_arguments_are_named(loaded: Loaded) -> None:
 @pytest.mark.parametrize("length", [100, 128, 300])
 def test_causal_blocks_is_causal_attention(length: int) -> None:
     query, key, value = torch.randn(2, 6, length, 8), torch.randn(2, 3, length, 8), torch.randn(2, 3, length, 8)
-    ours, _ = lm.causal_blocks(None, query, key, value, None, 0.4)
+    ours, _ = pretrain.causal_blocks(None, query, key, value, None, 0.4)
     theirs = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.4, enable_gqa=True)
     torch.testing.assert_close(ours.transpose(1, 2), theirs)
 
 
 def test_loss_is_cross_entropy() -> None:
     logits, ids = torch.randn(5, 11, requires_grad=True), torch.randint(0, 11, (5,))
-    ours, theirs = lm.Loss.apply(logits, ids), F.cross_entropy(logits, ids)
+    ours, theirs = pretrain.Loss.apply(logits, ids), F.cross_entropy(logits, ids)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(*(torch.autograd.grad(3 * loss, logits) for loss in (ours, theirs)))
 
 
 def test_schedule_warms_up_and_ends_at_zero() -> None:
-    assert lm.schedule(0.0, 0) == pytest.approx(1 / 60)
-    assert lm.schedule(0.3, 500) == 1.0
-    assert lm.schedule(0.75, 900) == 0.5
-    assert lm.schedule(1.0, 1500) == 0.0
+    assert pretrain.schedule(0.0, 0) == pytest.approx(1 / 60)
+    assert pretrain.schedule(0.3, 500) == 1.0
+    assert pretrain.schedule(0.75, 900) == 0.5
+    assert pretrain.schedule(1.0, 1500) == 0.0
 
 
 def test_windows_are_repeatable_and_follow_the_share() -> None:
     rows = [torch.arange(10_000), -torch.arange(1, 10_001)]
-    first = lm.windows(rows, 128, share=0.75, seed=3)
-    assert first.shape == (lm.BATCH // 128, 129)
-    assert torch.equal(first, lm.windows(rows, 128, share=0.75, seed=3))
+    first = pretrain.windows(rows, 128, shares=[0.75, 0.25], seed=3)
+    assert first.shape == (pretrain.BATCH // 128, 129)
+    assert torch.equal(first, pretrain.windows(rows, 128, shares=[0.75, 0.25], seed=3))
     assert (first.diff().abs() == 1).all()
-    assert (lm.windows(rows, 128, share=1.0, seed=4) >= 0).all()
-    assert (lm.windows(rows, 128, share=0.0, seed=4) < 0).all()
+    assert (pretrain.windows(rows, 128, shares=[1.0, 0.0], seed=4) >= 0).all()
+    assert (pretrain.windows(rows, 128, shares=[0.0, 1.0], seed=4) < 0).all()
 
 
 def test_training_saves_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,7 @@ def test_training_saves_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     model, _ = lm.train(tmp_path / "out", minutes=first["seconds"] / 60 + 1e-6)
     second = json.loads((tmp_path / "out" / "progress.json").read_text())
     assert (first["steps"], second["steps"]) == (1, 2)
-    assert second["tokens"] == 2 * lm.BATCH and second["seconds"] > first["seconds"]
+    assert second["tokens"] == 2 * pretrain.BATCH and second["seconds"] > first["seconds"]
     assert not torch.equal(model.model.norm.weight, torch.ones_like(model.model.norm.weight))
     kept = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
     assert torch.equal(kept.lm_head.weight, model.lm_head.weight.bfloat16())

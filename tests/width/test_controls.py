@@ -11,7 +11,8 @@ import transformers as hf
 from torch import Tensor
 
 import sparing
-from sparing.engine.surgery import SurgeryMethod, WidthControl, compensation, masked
+from sparing.engine.surgery import SurgeryMethod, masked
+from sparing.engine.units import WidthControl, compensation
 from sparing.engine.view import View
 from sparing.grid.method import Method
 from tests.models import _SIZES, build, prompt

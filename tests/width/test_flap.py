@@ -13,7 +13,8 @@ import transformers as hf
 from torch import Tensor
 
 import sparing
-from sparing.engine.surgery import LayerCut, Moments, Plan, compensation, cut, masked, statistics
+from sparing.engine.surgery import LayerCut, Plan, cut, masked
+from sparing.engine.units import Moments, compensation, statistics
 from sparing.engine.view import View
 from sparing.grid.method import BudgetError, Shape
 from sparing.grid.score import standardise

@@ -48,7 +48,8 @@ from sparing.bench.models import Loaded, load_model
 from sparing.bench.tasks import Task
 from sparing.bench.timing import Ratio, Stages
 from sparing.engine.attach import Run, attach
-from sparing.engine.surgery import prune, save_pretrained
+from sparing.engine.checkpoint import save_pretrained
+from sparing.engine.surgery import prune
 from sparing.grid.method import BudgetError, Error, Method, load, parse
 from sparing.grid.method import methods as all_methods
 

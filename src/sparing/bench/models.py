@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from sparing import lab
-from sparing.engine.surgery import from_pretrained
+from sparing.engine.checkpoint import from_pretrained
 from sparing.engine.view import View
 from sparing.grid.method import Error
 

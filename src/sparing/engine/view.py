@@ -135,6 +135,11 @@ class LayerView:
         return self._turn(self._split(self.norm(hidden_BND), "k"), rope)
 
 
+def heads_a_group(layer: LayerView) -> int:
+    """Query heads that share a key/value head."""
+    return layer.heads // max(layer.groups, 1)
+
+
 def _width(norm: nn.Module) -> int:
     weight: Any = norm.weight
     return int(weight.shape[-1])

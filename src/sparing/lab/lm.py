@@ -10,21 +10,16 @@ import argparse
 import json
 import math
 import random
-import time
 from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -34,12 +29,12 @@ from transformers import (
     TokenizersBackend,
 )
 
+from sparing.lab.pretrain import pretrain, windows
 from sparing.lab.text import HELDOUT, heldout_text, is_stdlib, read, train_files, xz_bits_per_byte
 
 WEIGHTS = Path(__file__).parent / "weights" / "lm"
 VOCABULARY = 4096
 PAD, BOS, EOS = SPECIAL = ("<pad>", "<bos>", "<eos>")
-BATCH = 4096  # tokens a step
 DEPENDENCY_BYTES = 16_000_000  # as much of the dependencies as an hour can read once
 
 # Words take one leading sign along (" self", "_name", ".join"), a newline takes its indentation along.
@@ -135,44 +130,6 @@ def evaluate(
     }
 
 
-def causal_blocks(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **_: object
-) -> tuple[Tensor, None]:
-    """Causal attention in blocks of 128 queries, (B, H, T, D) and (B, G, T, D) in, (B, T, H, D) out.
-
-    For training only. A bfloat16 step of plain matrix products skips the keys after each block and takes 0.45 of the
-    time of PyTorch's fused CPU kernel at 512 tokens, whose backward pass dominated the training otherwise.
-    """
-    B, H, T, D = query.shape
-    q, k, v = (x.repeat_interleave(H // x.shape[1], 1).view(B * H, T, D) for x in (query * scaling, key, value))
-    out = []
-    for start, block in zip(range(0, T, 128), q.split(128, 1), strict=True):
-        end = start + block.shape[1]
-        score = torch.bmm(block, k[:, :end].transpose(1, 2))
-        score[:, :, start:] += torch.full((end - start,) * 2, -torch.inf, dtype=score.dtype).triu(1)
-        out.append(torch.bmm(score.softmax(-1), v[:, :end]))
-    return torch.cat(out, 1).view(B, H, T, D).transpose(1, 2), None
-
-
-class Loss(torch.autograd.Function):
-    """Mean cross-entropy in nats of (N, V) logits against N ids, in float32 whatever the logits are.
-
-    Writes the gradient, softmax minus one-hot, in the forward pass: half the time of PyTorch's own on a CPU.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, ids_N: Tensor) -> Tensor:
-        chance_NV, row_N = logits_NV.softmax(-1, dtype=torch.float32), torch.arange(len(ids_N))
-        loss = -chance_NV[row_N, ids_N].log().mean()
-        chance_NV[row_N, ids_N] -= 1
-        ctx.save_for_backward((chance_NV / len(ids_N)).to(logits_NV.dtype))
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.saved_tensors[0] * grad, None
-
-
 def corpus() -> tuple[list[str], list[str]]:
     """The training texts: the whole standard library, and `DEPENDENCY_BYTES` of the dependencies in a fixed draw."""
     own = [path for path in train_files() if is_stdlib(path)]
@@ -189,19 +146,13 @@ def encode(tokenizer: TokenizersBackend, texts: list[str]) -> Tensor:
     return torch.from_numpy(np.concatenate([[*text.ids, tokenizer.eos_token_id] for text in encoded]))
 
 
-def schedule(progress: float, step: int) -> float:
-    """Learning-rate factor: 60 steps of warm-up, constant, then linear to 0 over the second half of the time."""
-    return min(1.0, (step + 1) / 60, max(0.0, 2 * (1 - progress)))
-
-
 def train(
     out: str | Path, *, resume: bool = True, minutes: float = 60, threads: int | None = None
 ) -> tuple[LlamaForCausalLM, TokenizersBackend]:
-    """Train tokenizer and model within `minutes` of wall-clock time and write them to `out`/model.
+    """Train tokenizer and model within `minutes` of wall-clock time and write them to `out`/model (see `pretrain`).
 
-    Every two minutes the state goes to `out`/checkpoint.pt; with `resume` a later call goes on from there. Matrices
-    learn by Muon, embeddings and norms by AdamW. The share of standard-library text grows from a third to all of it,
-    because the held-out text is standard library; the last fifth of the time reads windows of 1024 tokens, not 512.
+    The share of standard-library text grows from a third to all of it, because the held-out text is standard library;
+    the last fifth of the time reads windows of 1024 tokens, not 512.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -215,74 +166,17 @@ def train(
     else:
         tokenizer = build_tokenizer([*texts[0], *texts[1]])
     rows = [encode(tokenizer, part) for part in texts]
+    model = build()
 
-    model = build().train()
-    matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
-    rest = [weight for weight in model.parameters() if all(weight is not matrix for matrix in matrices)]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=3e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=3e-3, weight_decay=0.0, betas=(0.9, 0.95)),
-    ]
-    step, spent, checkpoint = 0, 0.0, out / "checkpoint.pt"
-    if resume and checkpoint.exists():
-        state = torch.load(checkpoint)
-        step, spent = state["step"], state["spent"]
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+    def draw(progress: float, step: int) -> Tensor:
+        share = (1 + 2 * progress) / 3
+        return windows(rows, 1024 if progress > 0.8 else 512, shares=[share, 1 - share], seed=step)
 
     def save() -> None:
-        states = [optimizer.state_dict() for optimizer in optimizers]
-        state = {"step": step, "spent": spent, "model": model.state_dict(), "optimizers": states}
-        torch.save(state, checkpoint.with_suffix(".new"))
-        checkpoint.with_suffix(".new").replace(checkpoint)
         export(model, tokenizer, out / "model")
-        (out / "progress.json").write_text(json.dumps({"steps": step, "tokens": step * BATCH, "seconds": spent}))
 
-    AttentionInterface.register("causal_blocks", causal_blocks)
-    AttentionMaskInterface.register("causal_blocks", lambda *_, **__: None)
-    model.set_attn_implementation("causal_blocks")
-    clock, saved_at, budget = time.monotonic(), spent, 60 * minutes
-    smooth = 0.0  # a running mean of the loss
-    with tqdm(total=round(budget), initial=round(spent), unit="s", desc="lab:lm") as bar:
-        while spent < budget:
-            progress = spent / budget
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = 3e-3 * schedule(progress, step)
-            ids_BT = windows(rows, 1024 if progress > 0.8 else 512, share=(1 + 2 * progress) / 3, seed=step)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                logits_BTV = model(ids_BT[:, :-1], use_cache=False).logits
-                loss = Loss.apply(logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten())
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            step += 1
-            smooth += (0.02 if smooth else 1.0) * (loss.item() - smooth)
-            # A suspended process must not skip the part where the learning rate decays, hence at most a minute a step.
-            now = time.monotonic()
-            spent, clock = spent + min(now - clock, 60.0), now
-            bar.update(min(round(spent), round(budget)) - bar.n)
-            bar.set_postfix(step=step, loss=f"{smooth:.3f}")
-            if spent - saved_at > 120:
-                save()
-                saved_at = spent
-    save()
-    model.set_attn_implementation("sdpa")
-    return model.eval(), tokenizer
-
-
-def windows(rows: list[Tensor], length: int, *, share: float, seed: int) -> Tensor:
-    """A batch of `BATCH` tokens, (B, T + 1) ids from random places; a `share` of it from the first row."""
-    generator = random.Random(seed)
-    picked = []
-    for _ in range(BATCH // length):
-        row = rows[generator.random() >= share]
-        start = generator.randrange(len(row) - length)
-        picked.append(row[start : start + length + 1])
-    return torch.stack(picked)
+    pretrain(model, out, draw, save, name="lab:lm", minutes=minutes, resume=resume)
+    return model, tokenizer
 
 
 def export(model: LlamaForCausalLM, tokenizer: TokenizersBackend, folder: Path) -> None:

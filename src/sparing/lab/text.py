@@ -1,11 +1,16 @@
-"""The text of `lab:lm`: Python source that every installation of `sparing` already holds.
+"""The text of `lab:lm` and `lab:moe`: Python source that every installation of `sparing` already holds.
 
 Train on the standard library and on the library's own dependencies; test on 28 standard-library modules that
 neither the model nor its tokenizer has seen. No download, no licence question, and anyone can repeat the numbers.
 """
 
+import ast
+import inspect
+import io
 import lzma
 import sysconfig
+import tokenize
+import warnings
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,6 +64,43 @@ def read(path: Path) -> str:
         return ""
 
 
+def split(text: str) -> tuple[str, str]:
+    """Python source as two kinds of text: the code alone, and its docstrings and comments alone.
+
+    Both in the order of the file; a docstring loses its indentation and quotes, a comment its sign, and lines that
+    are left empty go. Source that does not parse gives two empty strings.
+
+    >>> split("x = 1  # one\\n\\ndef f():\\n    \'\'\'Two.\'\'\'\\n    return 2\\n")
+    ('x = 1\\n\\ndef f():\\n    return 2\\n', 'one\\nTwo.\\n')
+    """
+    with warnings.catch_warnings():  # odd escapes in old sources
+        warnings.simplefilter("ignore")
+        try:
+            tree = ast.parse(text)
+            comments = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type == tokenize.COMMENT]
+        except (SyntaxError, ValueError, tokenize.TokenError):
+            return "", ""
+    lines = text.splitlines(keepends=True)
+    said: list[tuple[int, str]] = []
+    gone = set[int]()  # numbers of lines that held nothing else
+    for token in comments:
+        row, column = token.start
+        rest = lines[row - 1][:column].rstrip()
+        lines[row - 1] = rest + "\n"
+        gone |= set() if rest else {row}
+        said.append((row, token.string.lstrip("#!: ").rstrip()))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and node.body:
+            first = node.body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                alone = not lines[first.lineno - 1].encode()[: first.col_offset].strip()
+                if isinstance(first.value.value, str) and alone and first.end_lineno:
+                    gone |= set(range(first.lineno, first.end_lineno + 1))
+                    said.append((first.lineno, inspect.cleandoc(first.value.value)))
+    code = "".join(line for number, line in enumerate(lines, 1) if number not in gone)
+    return code, "".join(f"{words}\n" for _, words in sorted(said) if words)
+
+
 def runs(text: str) -> set[int]:
     """Hashes of all runs of `RUN` consecutive lines, blank lines and indentation aside."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -80,6 +122,13 @@ def heldout_files() -> tuple[Path, ...]:
 def heldout_text() -> str:
     """All held-out files after each other, as one string."""
     return "".join(map(read, heldout_files()))
+
+
+@cache
+def heldout_domain(domain: str) -> str:
+    """The held-out files as `code` (without docstrings and comments) or `prose` (those alone), as one string."""
+    parts = [split(read(path)) for path in heldout_files()]
+    return "".join(part[("code", "prose").index(domain)] for part in parts)
 
 
 @cache

@@ -10,7 +10,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from sparing.engine.surgery import Plan, SurgeryMethod, calibrate, keep_units, rounded
+from sparing.engine.surgery import Plan, SurgeryMethod
+from sparing.engine.units import calibrate, keep_units, rounded
 from sparing.grid.method import BudgetError, Card, Error, Shape, choice, flag, integer, register, share
 from sparing.grid.score import standardise
 from sparing.grid.select import top_k

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparing.engine.surgery import Plan, WidthControl, keep_units
+from sparing.engine.surgery import Plan
+from sparing.engine.units import WidthControl, keep_units
 from sparing.engine.view import View
 from sparing.grid.method import Card, integer, register
 from sparing.grid.select import top_k

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sparing.engine.surgery import Plan, WidthControl, equal_counts, keep_units, unit_costs
+from sparing.engine.surgery import Plan
+from sparing.engine.units import WidthControl, equal_counts, keep_units, unit_costs
 from sparing.engine.view import View
 from sparing.grid.method import Card, register
 from sparing.grid.select import evenly
