@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from tests.models import build
+from sparing.testing.models import build
 
 torch.set_num_threads(1)  # tiny models; the suite runs one process a core
 transformers.logging.set_verbosity_error()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.main import get_command
@@ -18,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 import sparing
 from sparing import cli, lab
-from tests.models import build
+from sparing.testing.models import build
 
 WORDS = [f"w{i}" for i in range(100)]
 
@@ -76,6 +78,7 @@ def test_the_command_line_is_pinned() -> None:
             "--task",
             "--method",
             "--keep",
+            "--sweep",
             "--resume",
             "--seed",
             "--repeats",
@@ -135,6 +138,15 @@ def refused(result: Result, *words: str) -> None:
         ({"--method": "fastv"}, ("fastv", "visual tokens", "text only")),
         ({"--device": "abacus"}, ("abacus",)),
         ({"--dtype": "float7"}, ("float7", "bfloat16")),
+        ({"--method": "zzzz"}, ("'zzzz'", "sparing methods")),
+        ({"--method": "out/gone"}, ("--method out/gone", "no such folder")),
+        ({"--method": "fastv:R=" + "9" * 400}, ("R = 999", "…: must be a number in [0, 1]")),
+        ({"--out": f"{__file__}/below"}, (f"--out {__file__}/below", "cannot be written", "Not a directory")),
+        ({"--seed": "-1"}, ("--seed -1", "at least 0")),
+        ({"--seed": "99999999999"}, ("--seed 99999999999", "at most 4294967295")),
+        ({"--limit": "0"}, ("limit = 0", "at least 1")),
+        ({"--limit": "few"}, ("--limit", "compare --help")),
+        ({"--repeats": "-1"}, ("repeats = -1", "at least 0")),
     ],
 )
 def test_mistakes_of_compare(checkpoint: Path, tmp_path: Path, changes: dict[str, str], words: tuple[str, ...]) -> None:
@@ -178,8 +190,19 @@ def test_other_mistakes(checkpoint: Path, text: Path, tmp_path: Path) -> None:
 
 
 def test_typer_refuses_what_is_missing() -> None:
-    result = run("compare", "lab:lm")
-    assert result.exit_code == 2 and "Traceback" not in result.output
+    refused(run("compare", "lab:lm"), "Missing option '--out'", "compare --help")
+    refused(run("compare", "--bogus"), "--bogus")
+    refused(run("bogus"), "'bogus'")
+    refused(run("lab", "eval", "lm", "--limit", 0), "--limit 0: must be at least 1")
+    assert "Usage" in run().output
+
+
+def test_messages_hold_no_control_characters(tmp_path: Path) -> None:
+    (tmp_path / "method.json").write_text('{"method": "\\u001b[2J", "fields": {}}')
+    for method in (tmp_path, "\x1b[2Jfastv", "fastv:\x1b[2J=1"):
+        result = run("show", "lab:lm", "--method", method, "-o", tmp_path / "map.png")
+        refused(result, "[2J")
+        assert "\x1b" not in result.stderr
 
 
 @pytest.mark.slow
@@ -272,6 +295,54 @@ def test_resume_computes_nothing_and_draws_nothing_again(
     refused(run(*arguments), "--resume")
 
 
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        (b'{"method": "dense", "ke', "is not JSON"),
+        (b"5", "must hold a JSON object, holds int"),
+        (b"[" * 100_000, "is nested too deeply"),
+        (b"{}", "keep = None: must be a number"),
+        (b'{"method": "x", "keep": 0.5, "quality": "good"}', "quality = 'good': must be a number"),
+        (b'{"method": "x", "keep": NaN, "status": "failed"}', "keep = nan: must be a number"),
+        (b"\xff\xfe", "is not JSON"),
+    ],
+)
+def test_a_damaged_run_is_named_by_its_line(
+    compared: tuple[list[object], Path, Result], tmp_path: Path, line: bytes, complaint: str
+) -> None:
+    arguments, out, _ = compared
+    copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    again = [copy if part == out else part for part in arguments]
+    rows = (out / "results.jsonl").read_bytes().splitlines()
+    file = copy / "results.jsonl"
+    file.write_bytes(b"\n".join([rows[0], line, *rows[2:]]) + b"\n")
+    for result in (run("report", copy, "--out", tmp_path / "r"), run(*again, "--resume")):
+        refused(result, f"{file}: line 2: {complaint}", "damaged")
+    if line == b"{}":
+        file.write_bytes(b"\n".join([*rows, line]))  # what a kill left
+        assert run("report", copy, "--out", tmp_path / "r").exit_code == 0
+    file.write_bytes(line)
+    refused(run("report", copy, "--out", tmp_path / "r"), "no finished row")
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff", b"[" * 100_000])
+def test_a_damaged_run_json(compared: tuple[list[object], Path, Result], tmp_path: Path, content: bytes) -> None:
+    arguments, out, _ = compared
+    copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    (copy / "run.json").write_bytes(content)
+    (copy / "machine.txt").write_bytes(b"\xff")
+    again = [copy if part == out else part for part in arguments]
+    refused(run(*again, "--resume"), str(copy), "run.json", "damaged", "another folder")
+    if content == b"{":  # the report reads the rows
+        assert run("report", copy, "--out", tmp_path / "r").exit_code == 0
+
+
+def test_the_folder_of_another_run(compared: tuple[list[object], Path, Result]) -> None:
+    arguments, out, _ = compared
+    refused(run(*arguments, "--seed", 3, "--resume"), str(out), "holds another run", "seed 0, now 3")
+    refused(run(*arguments[:-2], "--limit", 9), str(out), "holds another run", "limit 2, now 9")
+
+
 def test_report_gathers_runs(compared: tuple[list[object], Path, Result], tmp_path: Path) -> None:
     result = run("report", compared[1], "--out", tmp_path)
     assert result.exit_code == 0, result.output
@@ -313,6 +384,51 @@ def test_fit_then_show_and_prune(checkpoint: Path, text: Path, tmp_path: Path) -
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in dense.parameters())
     with torch.inference_mode():
         assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, dense.config.vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", ("line 2: not JSON",)),
+        ("[" * 100_000, ("line 2: not JSON",)),
+        ('{"image": "a.png"}', ("line 2", "no question and no answer")),
+        ('{"image": 1, "question": "q", "answer": "a"}', ("line 2: image = 1: must be text",)),
+        ('{"image": "a.png", "question": "q", "answer": []}', ("line 2: answer = []: must be text or a list",)),
+        ('{"image": "gone.png", "question": "q", "answer": "a"}', ("line 2: gone.png", "no such file")),
+        (
+            '{"image": "q.jsonl", "question": "q", "answer": "a"}',
+            ("line 2: q.jsonl", "opened as an image (it is none)"),
+        ),
+        ('{"image": ".", "question": "q", "answer": "a"}', ("line 2: .", "no such file")),
+        ('{"image": "a\\u0000", "question": "q", "answer": "a"}', ("line 2", "cannot be opened")),
+    ],
+)
+def test_a_broken_line_of_questions(tmp_path: Path, line: str, words: tuple[str, ...]) -> None:
+    file = tmp_path / "q.jsonl"
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    good = json.dumps({"image": str(tmp_path / "a.png"), "question": "one\u2028line", "answer": ["a", 7]})
+    file.write_text(f"{good}\n{line}\n", encoding="utf-8")
+    result = run("show", "lab:vlm", "--method", "fastv", "--task", f"vqa:{file}", "-o", tmp_path / "map.png")
+    refused(result, str(file), *words)
+
+
+def test_folders_from_strangers(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    """Each is refused by its own words in tests/test_hostile.py; here: one line, and every command."""
+    fitted, broken, out = tmp_path / "fitted", tmp_path / "broken", tmp_path / "out"
+    state = {f"weight.{name}": tensor for name, tensor in build("llama").named_parameters()}
+    sparing.parse("unified-layer-skipping").with_state(state).save(fitted)
+    (fitted / "state.safetensors").write_bytes((fitted / "state.safetensors").read_bytes()[:-9])
+    shutil.copytree(checkpoint, broken)
+    (broken / "model.safetensors").rename(broken / "pytorch_model.bin")
+    task, method, picture = f"ppl:{text}", "unified-layer-skipping", tmp_path / "map.png"
+    for model, chosen, word in ((checkpoint, fitted, "state.safetensors"), (broken, method, "pytorch_model.bin")):
+        refused(run("compare", model, "--task", task, "--method", chosen, "--out", out), word)
+        refused(run("show", model, "--task", task, "--method", chosen, "-o", picture), word)
+        refused(run("fit", model, "--method", chosen, "--data", text, "--out", out), word)
+    refused(run("prune", broken, "--method", "flap", "--keep", 0.5, "--data", text, "--out", out), "pytorch_model.bin")
+    sparing.parse(method).with_state({"weight.model.norm.weight": torch.ones(7)}).save(fitted)
+    result = run("show", checkpoint, "--task", task, "--method", fitted, "-o", picture)
+    refused(result, "trained on another model", "weight.model.norm.weight is 7", "has 32")
 
 
 # --------------------------------------------------------------------------- lab

@@ -63,4 +63,4 @@ def test_cards_are_complete() -> None:
     for name, cls in sparing.methods(controls=False).items():
         card = cls.card
         assert card.title and card.summary and card.arxiv and 1990 < card.year < 2100, name
-        assert card.axis in ("tokens", "depth", "width") and card.controls
+        assert card.axis in ("tokens", "depth", "width", "experts") and card.controls

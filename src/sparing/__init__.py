@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparing import depth, lab, tokens, width  # the rooms register their methods
+from sparing import depth, experts, lab, tokens, width  # the rooms register their methods
 from sparing.bench.compare import compare
 from sparing.engine.attach import Run, attach
 from sparing.engine.checkpoint import from_pretrained, save_pretrained
@@ -26,6 +26,7 @@ __all__ = [
     "compare",
     "count",
     "depth",
+    "experts",
     "from_pretrained",
     "get",
     "lab",

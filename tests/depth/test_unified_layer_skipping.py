@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 import sparing
 from sparing.depth.unified_layer_skipping import UnifiedLayerSkipping
 from sparing.grid.method import Shape
-from tests.models import LAYERS, VOCAB, build, prompt, single
+from sparing.testing.models import LAYERS, VOCAB, build, prompt, single
 
 SHAPE = Shape(LAYERS, 4, 2, 8, 32, 48)
 

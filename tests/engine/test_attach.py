@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 import sparing
 from sparing.engine.stream import Stream, StreamMethod
 from sparing.grid.method import Card
-from tests.models import LAYERS, build, prompt
-from tests.test_conformance import fingerprint
+from sparing.testing.checks import fingerprint
+from sparing.testing.models import LAYERS, build, prompt
 
 
 def test_two_methods_on_one_axis_are_refused(llava: PreTrainedModel) -> None:

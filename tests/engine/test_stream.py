@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 import sparing
 from sparing.engine.stream import Stream, StreamMethod, pack
 from sparing.grid.method import Card
-from tests.models import ARCHITECTURES, LAYERS, build, prompt
+from sparing.testing.models import ARCHITECTURES, LAYERS, build, prompt
 
 
 class Act(StreamMethod):
@@ -90,7 +90,7 @@ def test_unequal_counts_in_a_batch(name: str, side: str) -> None:
             own = torch.tensor([1, 2, 4]) if alone is None else torch.tensor([1, 2, 4])[alone : alone + 1]
             stream.drop((place >= layer) & (place < layer + own[:, None]))
 
-    from tests.models import single
+    from sparing.testing.models import single
 
     options = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     if side == "right":

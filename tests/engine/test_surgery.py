@@ -23,7 +23,7 @@ from sparing.engine.checkpoint import save_pretrained
 from sparing.engine.surgery import LayerCut, Plan, cut, masked
 from sparing.engine.units import Moments, observe
 from sparing.engine.view import View
-from tests.models import _SIZES, LAYERS, build, prompt
+from sparing.testing.models import _SIZES, LAYERS, build, prompt
 
 NAMES = ("llama", "biased", "qwen3", "phi3", "gemma3", "llava")
 TEXT = ("llama", "biased", "qwen3", "phi3", "gemma3")

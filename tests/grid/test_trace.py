@@ -7,9 +7,9 @@ import torch
 from transformers import PreTrainedModel
 
 import sparing
-from tests.models import LAYERS, VOCAB, build, prompt
+from sparing.testing.models import LAYERS, VOCAB, build, prompt
 
-# tests.models: D = 32, H = 4 heads of d = 8, G = 2 KV heads, F = 48 neurons.
+# the tiny Llama: D = 32, H = 4 heads of d = 8, G = 2 KV heads, F = 48 neurons.
 D, H, G, d, F = 32, 4, 2, 8, 48
 
 

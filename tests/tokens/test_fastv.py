@@ -7,7 +7,7 @@ import torch
 
 import sparing
 from sparing.grid.method import Shape
-from tests.models import VISUAL, build, prompt
+from sparing.testing.models import VISUAL, build, prompt
 
 SHAPE = Shape(6, 4, 2, 8, 32, 48, VISUAL)
 

@@ -11,8 +11,8 @@ from sparing.engine.overlap import deferred_vision
 from sparing.engine.stream import Stream, StreamMethod, take
 from sparing.grid.method import Card, Shape
 from sparing.grid.select import soft_top_k
+from sparing.testing.models import LAYERS, VISUAL, build, prompt
 from sparing.tokens.hidrop import HiDrop, ilvas
-from tests.models import LAYERS, VISUAL, build, prompt
 
 LLAVA_7B = Shape(32, 32, 32, 128, 4096, 11008, 576)
 CUT = HiDrop(inject=2, filters=(3, 4), keeps=(7, 3), of=VISUAL, exit=5)

@@ -15,7 +15,7 @@ from sparing.engine.surgery import SurgeryMethod, masked
 from sparing.engine.units import WidthControl, compensation
 from sparing.engine.view import View
 from sparing.grid.method import Method
-from tests.models import _SIZES, build, prompt
+from sparing.testing.models import _SIZES, build, prompt
 from tests.width.test_flap import GROUPS, LAYERS, N, batches, block_parameters, fitted, wide
 
 SHAPE = sparing.Shape(layers=LAYERS, heads=8, groups=GROUPS, head_dim=12, hidden=48, neurons=N)

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from sparing.engine.execute import Executor
 from sparing.engine.overlap import Deferred
+from sparing.engine.routing import RoutingMethod
 from sparing.engine.stream import StreamMethod
 from sparing.engine.surgery import SurgeryMethod, masked
 from sparing.engine.view import View
-from sparing.grid.method import Error, Method
+from sparing.grid.files import sized
+from sparing.grid.method import Error, Method, state_check
 from sparing.grid.trace import Counter, Trace
 
 # Runs attached to a model right now, outermost first.
@@ -61,15 +63,21 @@ class Run:
     def _check(self) -> None:
         seen: dict[str, Method] = {}
         for method in self.methods:
-            if not isinstance(method, (StreamMethod, SurgeryMethod)):
+            if not isinstance(method, (StreamMethod, RoutingMethod, SurgeryMethod)):
                 raise Error(f"method = {method!r}: attach takes methods, e.g. sparing.parse('fastv')")
             if method.card.visual and self.view.image_token_id is None:
                 raise Error(
                     f"method = {method.name!r}: it works on visual tokens, and {type(self.model).__name__} has none "
                     "(no image_token_id in its config)"
                 )
+            if method.card.axis == "experts" and not any(layer.experts for layer in self.view.layers):
+                raise Error(
+                    f"method = {method.name!r}: it works on experts, and {type(self.model).__name__} has none "
+                    "(looked for layers with a router, gate or router, beside a module experts)"
+                )
             if method.card.needs == "calibration" and not method.ready:
                 raise Error(f"method = {method.name!r}: needs calibration first: method = method.fit(model, batches)")
+            method.check_model(self.model)
             other = seen.setdefault(method.card.axis, method)
             if other is not method:
                 raise Error(
@@ -81,6 +89,12 @@ class Run:
         """Methods of kind stream, those of enclosing runs first."""
         outer = [m for run in _ATTACHED.get(self.model, []) if run is not self for m in run.methods]
         return [m for m in (*outer, *self.methods) if isinstance(m, StreamMethod)]
+
+    @property
+    def routers(self) -> list[RoutingMethod]:
+        """Methods of kind routing, those of enclosing runs first."""
+        outer = [m for run in _ATTACHED.get(self.model, []) if run is not self for m in run.methods]
+        return [m for m in (*outer, *self.methods) if isinstance(m, RoutingMethod)]
 
     @property
     def sees_visual(self) -> bool:
@@ -106,9 +120,9 @@ class Run:
             for method in self.methods:
                 if isinstance(method, SurgeryMethod):
                     stack.enter_context(masked(self.model, method.plan(self.model)))
-                tuned = {k.removeprefix("weight."): v for k, v in method.state.items() if k.startswith("weight.")}
+                tuned = _weights(method)
                 if tuned:
-                    stack.enter_context(_tuned(self.model, method, tuned))
+                    stack.enter_context(_tuned(self.model, tuned))
             outer = runs[-2]._executor if len(runs) > 1 else None
             if outer is not None:  # the inner run takes the hooks over, and gives them back
                 outer.remove()
@@ -132,13 +146,29 @@ class Run:
             stack.__exit__(kind, error, trace)
 
 
+def _weights(method: Method) -> dict[str, Tensor]:
+    """Parameters of the model that a method was trained to have, by name."""
+    return {k.removeprefix("weight."): v for k, v in method.state.items() if k.startswith("weight.")}
+
+
+@state_check
+def _trained_on(method: Method, model: nn.Module) -> None:
+    """Refuses trained weights that are not of this model."""
+    tuned = _weights(method)
+    own = dict(model.named_parameters()) if tuned else {}
+    for name, tensor in tuned.items():
+        has = sized(tuple(own[name].shape)) if name in own else "no such parameter"
+        if has != sized(tuple(tensor.shape)):
+            raise Error(
+                f"method = {method.name!r}: was trained on another model: weight.{name} is "
+                f"{sized(tuple(tensor.shape))}, {type(model).__name__} has {has}"
+            )
+
+
 @contextlib.contextmanager
-def _tuned(model: nn.Module, method: Method, weights: dict[str, Tensor]) -> Iterator[None]:
+def _tuned(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
     """The model with the weights a method was trained to, by reference; the old tensors come back afterwards."""
     own = dict(model.named_parameters())
-    wrong = [k for k, v in weights.items() if k not in own or own[k].shape != v.shape]
-    if wrong:
-        raise Error(f"method = {method.name!r}: was trained on another model ({wrong[0]} does not fit this one)")
     old = {k: own[k].data for k in weights}
     try:
         for k, v in weights.items():

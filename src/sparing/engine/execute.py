@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from sparing.engine.ragged import RaggedLayer, Tap, check_dynamic, ragged
+from sparing.engine.routing import Routing, RoutingMethod, run_experts
 from sparing.engine.stream import Stream, StreamMethod, pack, take
-from sparing.engine.view import View
+from sparing.engine.view import Experts, View
 from sparing.grid.method import Error
 from sparing.grid.trace import Cells
 
@@ -34,6 +35,7 @@ class Pass:
         self.past = 0
         self.phase = "prefill"
         self.methods: list[StreamMethod] = []
+        self.routers: list[RoutingMethod] = []
         self.cells: Cells | None = None
 
     # ---- what came in
@@ -42,6 +44,7 @@ class Pass:
         self.past = int(cache.get_seq_length()) if cache is not None else 0
         self.phase = "decode" if self.past else "prefill"
         self.methods = [m for m in self.run.streams if self.phase == "prefill" or m.card.phase != "prefill"]
+        self.routers = [m for m in self.run.routers if m.card.phase in ("both", "static", self.phase)]
         self.batch, self.width = hidden_BTD.shape[:2]
         self.device = hidden_BTD.device
         self.stream = Stream(self, self.view, hidden_BTD)
@@ -162,7 +165,10 @@ class Pass:
     def layer(self, index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run layer `index` on the rows that are alive; gives back what the layer would, with fewer rows."""
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        cache = kwargs.get("past_key_values")
+        if len(args) > 1:  # by name, so that they can be cut to the rows that run
+            kwargs.update(zip(list(inspect.signature(forward).parameters)[1:], args[1:]))
+        self._cache_name = "layer_past" if "layer_past" in kwargs else "past_key_values"  # GPT-NeoX and its kin
+        cache = kwargs.get(self._cache_name)
         if self.stream is None:
             self.start(hidden, cache)
         stream = self.stream
@@ -194,7 +200,7 @@ class Pass:
         return result if rest is None else (result, *rest)
 
     def _decide(self, stream: Stream, index: int) -> None:
-        clock = time.perf_counter() if self.run.time_decisions else 0.0
+        clock = self._clock() if self.run.time_decisions else 0.0
         for method in self.methods:
             try:
                 method.before_layer(stream, index)
@@ -205,9 +211,13 @@ class Pass:
                 )
                 raise
         if self.run.time_decisions:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            self.run.trace.seconds_deciding += time.perf_counter() - clock
+            self.run.trace.seconds_deciding += self._clock() - clock
+
+    def _clock(self) -> float:
+        """Seconds; on an accelerator once the work given to it is done, so that a decision pays for itself only."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def _run(self, stream: Stream, index: int, forward: Callable[..., Any], cache: Any, kwargs: dict[str, Any]) -> Any:
         hidden = stream.hidden
@@ -230,11 +240,11 @@ class Pass:
         sub = stream.bypassed_attention is not False or stream.bypassed_mlp is not False
         self._tap = Tap(cache, stream._weight if slot is None else None)
         if stream._weight is not None:
-            kwargs["past_key_values"] = self._tap
+            kwargs[self._cache_name] = self._tap
         if stream._watch is not None:
             if entry is not None:
                 check_dynamic(entry)
-            kwargs["past_key_values"] = self._tap
+            kwargs[self._cache_name] = self._tap
         whole = stream.whole and slot is None and not stream._compact
         if whole and not sub and not isinstance(entry, RaggedLayer):
             self._record(stream, hidden.shape[1], None)
@@ -375,6 +385,27 @@ class Pass:
         dtype = next(self.view.decoder.parameters()).dtype
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
+    # ---- experts
+
+    def route(self, index: int, forward: Callable[..., Any], experts: Experts, logits: Tensor, given: Any) -> Tensor:
+        """Run layer `index`'s experts on the pairs that methods left."""
+        hidden, chosen, weight = given
+        clock = self._clock() if self.run.time_decisions else 0.0
+        routing = Routing(hidden, logits, chosen, weight, index, self.phase)
+        for method in self.routers:
+            try:
+                method.route(routing, index)
+            except Exception as error:
+                error.add_note(f"in {method.name}, experts of layer {index}, (N, K) = {tuple(chosen.shape)}")
+                raise
+        if self.run.time_decisions:
+            self.run.trace.seconds_deciding += self._clock() - clock
+        out, pairs = run_experts(experts.module, forward, routing, chosen)
+        if self.cells is not None:
+            self.cells.pairs.append(pairs)
+            self.cells.all_pairs.append(chosen.numel())
+        return out
+
     # ---- trace
 
     def _record(self, stream: Stream, rows: int, columns: Tensor | None) -> None:
@@ -414,6 +445,7 @@ class Executor:
         self.now: Pass | None = None
         self.sublayer: tuple[Any, Any] | None = None
         self._seen: dict[str, Any] = {}
+        self._logits: Any = None
         self._patched: list[nn.Module] = []
         self._hooks: list[Any] = []
         self._signature = inspect.signature(view.decoder.forward)
@@ -427,6 +459,9 @@ class Executor:
         self._hooks.append(decoder.register_forward_hook(self._end, always_call=True))
         for layer in self.view.layers:
             self._patch(layer.module, functools.partial(self._layer, layer.index))
+            if self.run.routers and layer.experts is not None:
+                self._hooks.append(layer.experts.router.register_forward_hook(self._routed))
+                self._patch(layer.experts.module, functools.partial(self._experts, layer.index, layer.experts))
 
     def remove(self) -> None:
         for hook in self._hooks:
@@ -436,7 +471,7 @@ class Executor:
         self._hooks.clear()
         self._patched.clear()
         self._seen.clear()
-        self.now = self.sublayer = None
+        self.now = self.sublayer = self._logits = None
 
     def _patch(self, module: nn.Module, around: Callable[..., Any]) -> None:
         if "forward" in module.__dict__:
@@ -472,6 +507,16 @@ class Executor:
         if self.now is None:
             return forward(*args, **kwargs)
         return self.now.layer(index, forward, args, kwargs)
+
+    # ---- experts, wrapped only where a routing method is attached
+
+    def _routed(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._logits = output[0]
+
+    def _experts(self, index: int, experts: Experts, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.now is None or len(args) != 3:
+            return forward(*args, **kwargs)
+        return self.now.route(index, forward, experts, self._logits, args)
 
     # ---- sub-layers, wrapped only where a method asks for it
 

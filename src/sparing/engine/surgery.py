@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparing.engine.routing import EXPERT_COUNTS, check_kept, cut_experts, restricted
 from sparing.engine.view import LayerView, View, heads_a_group
 from sparing.grid.method import Error, Method
 
@@ -26,12 +28,14 @@ class LayerCut:
     Attributes:
         groups: kept KV groups (with all their query heads), rising; None keeps all.
         neurons: kept MLP neurons, rising; None keeps all.
+        experts: kept experts, rising; None keeps all.
         attention, mlp: False removes the sub-layer (its norm and residual add with it).
         attention_bias, mlp_bias: (D,) added to the output projection, the mean of what was cut away.
     """
 
     groups: Tensor | None = None
     neurons: Tensor | None = None
+    experts: Tensor | None = None
     attention: bool = True
     mlp: bool = True
     attention_bias: Tensor | None = None
@@ -107,6 +111,10 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[None]:
                 channels(layer.projection("o_proj"), keep, cut.attention_bias)
             if not cut.mlp and layer.mlp is not None:
                 silent(layer.mlp)
+            elif cut.experts is not None:
+                around = restricted(layer, cut.experts)
+                around.__enter__()
+                undo.append(functools.partial(around.__exit__, None, None, None))
             elif cut.neurons is not None or cut.mlp_bias is not None:
                 channels(layer.projection("down_proj"), cut.neurons, cut.mlp_bias)
         yield
@@ -127,6 +135,8 @@ def _checked(model: nn.Module, plan: Plan) -> View:
             _fits(layer, "groups", cut.groups, layer.groups)
             if 0 < cut.groups.numel() < layer.groups:
                 _splits(layer, layer.attention, _attention_rows(layer))
+        if cut is not None and cut.mlp and cut.experts is not None:
+            check_kept(layer, cut.experts)
         if cut is not None and cut.mlp and cut.neurons is not None:
             _fits(layer, "neurons", cut.neurons, layer.neurons)
             if 0 < cut.neurons.numel() < layer.neurons:
@@ -339,6 +349,8 @@ def cut_(model: nn.Module, plan: Plan) -> nn.Module:
             cut_attention(layer, part)
         if not part.mlp and layer.mlp is not None:
             _drop_mlp(layer, int(view.config.hidden_size))
+        elif part.experts is not None:
+            cut_experts(layer, part.experts)
         elif part.neurons is not None or part.mlp_bias is not None:
             cut_mlp(layer, part)
     if len(kept) < len(view):
@@ -401,11 +413,22 @@ def _shapes(view: View) -> list[dict[str, Any]]:
             "num_attention_heads": layer.heads,
             "num_key_value_heads": layer.groups,
             "intermediate_size": layer.neurons,
+            **({"experts": layer.experts.count} if layer.experts is not None else {}),
             "attention_bias": biased(layer.attention),
             "mlp_bias": biased(layer.mlp),
         }
         for layer in view.layers
     ]
+
+
+def _builds(model: nn.Module, names: tuple[str, ...]) -> bool:
+    """Whether the model's class makes of its config the heads (or neurons) that the model has."""
+    with torch.device("meta"):
+        built = View(type(model)(copy.deepcopy(model.config)))
+    view = View(model)
+    same = all(a.head_dim == b.head_dim for a, b in zip(built.layers, view.layers))
+    found = [[shape[name] for name in names] for shape in _shapes(built)]
+    return same and found == [[shape[name] for name in names] for shape in _shapes(view)]
 
 
 def _describe(model: nn.Module) -> None:
@@ -427,6 +450,17 @@ def _describe(model: nn.Module) -> None:
             type(config).from_dict({**config.to_dict(), **new})
         except Exception:  # the class insists on, say, hidden a multiple of heads: the section alone says it
             continue
+        old = {name: getattr(config, name) for name in new if hasattr(config, name)}
         for name, value in new.items():
             setattr(config, name, value)
+        if new and not _builds(model, names):  # the modelling file works out a head size of its own
+            for name in new:
+                if name in old:
+                    setattr(config, name, old[name])
+                else:
+                    delattr(config, name)
+    counts = {shape["experts"] for shape in shapes if "experts" in shape}
+    for name in EXPERT_COUNTS if len(counts) == 1 else ():
+        if getattr(config, name, None):
+            setattr(config, name, next(iter(counts)))
     setattr(config, SECTION, {"version": SECTION_VERSION, "layers": shapes})

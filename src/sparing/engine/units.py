@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from sparing.engine.surgery import LayerCut, Plan, SurgeryMethod
 from sparing.engine.view import LayerView, View, heads_a_group
-from sparing.grid.method import Error, Shape, flag, numbers
+from sparing.grid.method import Error, Method, Shape, flag, numbers, state_check
 
 
 def rounded(count: int, total: int, multiple: int) -> int:
@@ -187,6 +188,47 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> dict
     return state
 
 
+_STATISTICS = ("mean", "var", "norm", "weight1", "weight2")
+_SITES = (("attention", "o_proj"), ("mlp", "down_proj"))
+_NAME = re.compile(rf"({'|'.join(dict(_SITES))})\.({'|'.join((*_STATISTICS, 'unit'))})\.\d+")
+
+
+@state_check
+def calibrated_on(method: Method, model: nn.Module) -> None:
+    """Refuses a state of `calibrate` that is not of this model: every tensor must be there, and of its size."""
+    given = {name: tensor for name, tensor in method.state.items() if _NAME.fullmatch(name)}
+    if not given:
+        return
+    other, view = f"method = {method.name!r}: was fitted on another model", View(model)
+    for layer in view.layers:
+        width = max(heads_a_group(layer) * layer.head_dim, 1)
+        for (site, projection), cost, channels in zip(_SITES, unit_costs(layer), (width, 1), strict=True):
+            size = _channels_of(layer, projection)
+            for key in (*_STATISTICS, "unit"):
+                name, wanted = f"{site}.{key}.{layer.index}", 2 if key == "unit" else size
+                tensor = given.pop(name, None)
+                if tensor is None:
+                    raise Error(f"{other}: its state has no {name}, and the model has {len(view)} layers")
+                if tensor.shape != (wanted,):
+                    found = f"{len(tensor)} channels" if tensor.ndim == 1 else f"the shape {tuple(tensor.shape)}"
+                    raise Error(f"{other}: {name} has {found}, the model has {wanted}")
+                if key == "unit" and tensor.tolist() != [channels, cost]:
+                    raise Error(
+                        f"{other}: {name} counts channels and parameters of a unit as {tensor.tolist()}, the model has "
+                        f"{[channels, cost]}"
+                    )
+    if given:
+        raise Error(f"{other}: its state has {min(given)}, and the model has {len(view)} layers")
+
+
+def _channels_of(layer: LayerView, projection: str) -> int:
+    """Channels that a projection reads, 0 where the layer has none."""
+    try:
+        return layer.projection(projection).in_features
+    except Error:
+        return 0
+
+
 def compensation(weight_DC: Tensor, mean_C: Tensor, keep_C: Tensor) -> Tensor:
     """b = W ((1 - M) mean): what the channels cut away give on average. float32 (D,)."""
     gone = (~keep_C).nonzero().flatten().to(weight_DC.device)
@@ -205,9 +247,13 @@ def keep_units(
         Error: masks or state are of another model.
     """
     view = View(model)
-    fits = len(groups) == len(neurons) == len(view)
-    if not fits or any((len(g), len(n)) != (v.groups, v.neurons) for g, n, v in zip(groups, neurons, view.layers)):
-        raise Error(f"method: was fitted on another model; {type(model).__name__} has other layers, heads or neurons")
+    other = "method: was fitted on another model"
+    if not len(groups) == len(neurons) == len(view):
+        raise Error(f"{other}: it keeps units of {len(groups)} layers, the model has {len(view)}")
+    for layer, *both in zip(view.layers, groups, neurons, strict=True):
+        for what, keep, there in zip(("KV groups", "neurons"), both, (layer.groups, layer.neurons), strict=True):
+            if len(keep) != there:
+                raise Error(f"{other}: it knows {len(keep)} {what} in layer {layer.index}, the model has {there}")
 
     def part(layer: LayerView, site: str, name: str, keep: Tensor, width: int) -> tuple[Tensor | None, Tensor | None]:
         if bool(keep.all()):
@@ -216,8 +262,9 @@ def keep_units(
         if state is None:
             return index, None
         mean = state.get(f"{site}.mean.{layer.index}")
-        if mean is None or len(mean) != len(keep) * width:
-            raise Error(f"method: was fitted on another model; its state has no {site} means of layer {layer.index}")
+        if mean is None or mean.shape != (len(keep) * width,):
+            found = "missing" if mean is None else f"of shape {tuple(mean.shape)}"
+            raise Error(f"{other}: {site}.mean.{layer.index} is {found}, the model has {len(keep) * width} channels")
         return index, compensation(layer.projection(name).weight, mean, keep.repeat_interleave(width))
 
     cuts = []
@@ -253,12 +300,18 @@ class WidthControl(SurgeryMethod):
         per = shape.heads // max(shape.groups, 1)
         cost = ((2 + 2 * per) * shape.head_dim, 3)
         if self.state:
-            cost = (int(self.state["attention.unit.0"][1]), int(self.state["mlp.unit.0"][1]))
+            cost = (self._cost("attention"), self._cost("mlp"))
         budget = keep * (shape.groups * cost[0] + shape.neurons * cost[1])
         one = min(1.0, budget / max(cost[0], 1))  # a group stays where the budget holds one
         wanted = max(keep * shape.groups, one)
         groups, neurons = equal_counts(budget, wanted, shape.neurons, cost)
         return self.replace(groups=(groups,), neurons=(neurons,))
+
+    def _cost(self, site: str) -> int:
+        unit = self.state[f"{site}.unit.0"]
+        if unit.shape != (2,) or int(unit[1]) < 0:
+            raise Error(f"method = {self.name!r}: its state is damaged: {site}.unit.0 is {unit.tolist()!s:.60}")
+        return int(unit[1])
 
     def counts(self, layers: Sequence[LayerView]) -> tuple[list[int], list[int]]:
         """Kept groups and neurons of each of these layers."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparing.grid.method import Error, Shape
 
+_MLP_NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm", "ffn_norm", "ln_2", "norm2")
 _ATTENTION_NORMS = ("input_layernorm", "self_attn_layer_norm", "ln_1", "attention_norm", "norm1")
 
 
@@ -25,13 +26,37 @@ def _child(module: nn.Module, *names: str) -> nn.Module | None:
 
 
 @dataclass
+class Experts:
+    """A layer's mixture of experts, by structure: a router that returns (logits, gates, indices), and the experts.
+
+    Attributes:
+        block: the sub-layer that holds both.
+        router, router_name: its child `gate` or `router`.
+        module: its child `experts`, called with (hidden, indices, gates).
+        count: E, experts of the layer, shared ones not among them.
+        top_k: K, experts a token.
+        groups, chosen_groups: of a group-limited router, 1 and 1 without groups.
+    """
+
+    block: nn.Module
+    router: nn.Module
+    router_name: str
+    module: nn.Module
+    count: int
+    top_k: int
+    groups: int
+    chosen_groups: int
+
+
+@dataclass
 class LayerView:
     """One decoder layer: its sub-modules under one set of names.
 
     Attributes:
         module: the layer.
         attention, mlp: its sub-layers; None where it has none (a cut layer).
-        heads, groups, head_dim: query heads, key/value heads, channels a head, read off the weights.
+        heads, groups, head_dim: query heads, key/value heads, channels a head, read off the weights; no groups where
+            keys are not projected by a matrix of their own (latent attention, interleaved qkv).
         neurons: MLP width, 0 if the MLP is not a plain one (experts).
         sliding: window in tokens, None for full attention.
     """
@@ -73,12 +98,27 @@ class LayerView:
         fused = self.fused_qkv
         if fused is not None:
             return (fused.out_features // self.head_dim - self.heads) // 2
-        return self.projection("k_proj").out_features // self.head_dim
+        key = _child(self.attention, "k_proj")  # type: ignore[arg-type]
+        return key.out_features // self.head_dim if isinstance(key, nn.Linear) else 0
 
     @property
     def neurons(self) -> int:
         down = _child(self.mlp, "down_proj") if self.mlp is not None else None
         return down.in_features if isinstance(down, nn.Linear) else 0
+
+    @property
+    def experts(self) -> Experts | None:
+        """The layer's experts; None where it has none, or others than transformers' stacked ones."""
+        module = _child(self.mlp, "experts") if self.mlp is not None else None
+        if module is None or isinstance(module, nn.ModuleList):
+            return None
+        for name in ("gate", "router"):
+            router: Any = _child(self.mlp, name)  # type: ignore[arg-type]
+            weight, k = getattr(router, "weight", None), getattr(router, "top_k", None)
+            if isinstance(weight, Tensor) and isinstance(k, int):
+                groups, chosen = (getattr(router, key, None) or 1 for key in ("num_group", "topk_group"))
+                return Experts(self.mlp, router, name, module, len(weight), k, groups, chosen)  # type: ignore[arg-type]
+        return None
 
     # ---- attention inputs
 
@@ -86,6 +126,11 @@ class LayerView:
     def norm(self) -> nn.Module:
         """The norm whose output the attention reads; identity for post-norm layers."""
         return _child(self.module, *_ATTENTION_NORMS) or nn.Identity()
+
+    @cached_property
+    def mlp_norm(self) -> nn.Module | None:
+        """The norm whose output the MLP or the experts read; None where it was not found."""
+        return _child(self.module, *_MLP_NORMS)
 
     @cached_property
     def _rotary(self) -> Callable[..., tuple[Tensor, Tensor]] | None:
@@ -188,7 +233,8 @@ class View:
                 f"layer {index} ({type(module).__name__}): neither attention (self_attn, attention, attn) nor MLP "
                 "(mlp, feed_forward, block_sparse_moe) found"
             )
-        head_dim = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
+        names = ("v_head_dim", "head_dim", "head_size")  # latent attention gives out heads of v_head_dim
+        head_dim = next((d for d in (getattr(attention, name, None) for name in names) if d), None)
         if head_dim is None:
             c = self.config
             head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
@@ -196,6 +242,8 @@ class View:
         kinds = getattr(self.config, "layer_types", None)
         if kinds and index < len(kinds) and kinds[index] == "full_attention":
             sliding = None
+        elif not kinds and sliding is None and getattr(self.config, "use_sliding_window", True):  # Mistral, Phi-3
+            sliding = getattr(self.config, "sliding_window", None)
         return LayerView(index, module, attention, mlp, int(head_dim), sliding)
 
     def __len__(self) -> int:
@@ -229,6 +277,7 @@ class View:
     @property
     def shape(self) -> Shape:
         """Sizes for `Method.at`."""
+        experts = [e for e in (layer.experts for layer in self.layers) if e is not None]
         first = next((v for v in self.layers if v.heads), self.layers[0])  # a cut layer may have none
         return Shape(
             layers=len(self.layers),
@@ -238,6 +287,8 @@ class View:
             hidden=int(self.config.hidden_size),
             neurons=max((v.neurons for v in self.layers), default=0),
             visual=self.visual_tokens if self.image_token_id is not None else None,
+            experts=max((e.count for e in experts), default=0),
+            top_k=max((e.top_k for e in experts), default=0),
         )
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
+import os
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +15,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 
@@ -37,13 +40,16 @@ class Card:
         year: of publication.
         arxiv: arXiv id, "" if there is none.
         axis: the room it lives in: "tokens", "depth", "width", …
-        kind: "stream" (acts on tokens x layers while the model runs) or "surgery" (cuts weights once).
+        kind: "stream" (acts on tokens x layers while the model runs), "routing" (on tokens x experts) or
+            "surgery" (cuts weights once).
         phase: when it acts: "prefill", "decode", "both" or "static".
         needs: "nothing", "calibration" or "training" before it can run.
         summary: one line for the table of methods.
         controls: kinds of control that can mirror its budget.
         trains: training is possible (published so) though the method also runs without.
         visual: works on visual tokens, so needs a vision-language model.
+        saves: "flops", or "memory" where as much is executed with fewer weights.
+        bitwise: at full budget the dense model's output comes out bit for bit.
         is_control: this "method" is a yardstick, not a publication.
     """
 
@@ -58,6 +64,8 @@ class Card:
     controls: tuple[str, ...] = ("random", "uniform")
     trains: bool = False
     visual: bool = False
+    saves: str = "flops"
+    bitwise: bool = True
     is_control: bool = False
 
 
@@ -73,6 +81,8 @@ class Shape:
         hidden: model width D.
         neurons: MLP width of the first layer (0 where experts replace it).
         visual: visual tokens of one image where that is fixed, else None.
+        experts: experts of a layer, 0 without any; shared ones do not count.
+        top_k: of them a token visits.
     """
 
     layers: int
@@ -82,6 +92,8 @@ class Shape:
     hidden: int
     neurons: int
     visual: int | None = None
+    experts: int = 0
+    top_k: int = 0
 
 
 # --------------------------------------------------------------------------- fields
@@ -101,7 +113,9 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
+    if _is_int(value):
+        return abs(value) < 1 << 1000  # beyond, it is no float any more
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _field(default: Any, doc: str, source: str, rule: Rule) -> Any:
@@ -194,6 +208,13 @@ class Method:
     name: ClassVar[str] = ""
     card: ClassVar[Card]
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """`fit` notes what model it saw, and `plan` refuses another one, without a method having to think of it."""
+        super().__init_subclass__(**options)
+        for verb, around in (("fit", _noting), ("plan", _refusing)):
+            if verb in vars(cls):
+                setattr(cls, verb, around(vars(cls)[verb]))
+
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
@@ -202,7 +223,8 @@ class Method:
                 object.__setattr__(self, f.name, value)
             rule: Rule | None = f.metadata.get("rule")
             if rule is not None and not rule.accepts(value):
-                raise Error(f"{self.name or type(self).__name__}: {f.name} = {value!r}: must be {rule.allowed}")
+                said = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:77]}…"
+                raise Error(f"{self.name or type(self).__name__}: {f.name} = {said}: must be {rule.allowed}")
         self.check()
 
     def check(self) -> None:
@@ -217,7 +239,7 @@ class Method:
     def replace(self, **changes: Any) -> Self:
         """The same method (and state) with some fields changed."""
         new = dataclasses.replace(self, **changes)
-        return new.with_state(self.state) if self.state else new
+        return new.with_state(self.state, self.fitted_on) if self.state else new
 
     def at(self, keep: float, shape: Shape) -> Self:
         """The same method with its budget set so that `keep` of the cells of its axis run, on a model of this shape.
@@ -238,7 +260,7 @@ class Method:
         if "seed" in {f.name for f in dataclasses.fields(cls)}:
             values["seed"] = seed
         new = cls(**values)
-        return new.with_state(self.state) if self.state else new
+        return new.with_state(self.state, self.fitted_on) if self.state else new
 
     def mirrored(self, shape: Shape) -> dict[str, Any]:
         """Fields of a control with this method's budget; what they are depends on the axis."""
@@ -251,11 +273,35 @@ class Method:
         """Learned or calibrated tensors by name; empty before `fit`."""
         return getattr(self, "_state", {})
 
-    def with_state(self, state: Mapping[str, Tensor]) -> Self:
-        """A copy that carries these tensors."""
+    @property
+    def fitted_on(self) -> dict[str, int]:
+        """Sizes of the model that `fit` saw, see `sizes`; empty where that is not known."""
+        return getattr(self, "_fitted_on", {})
+
+    def with_state(self, state: Mapping[str, Tensor], fitted_on: Mapping[str, int] | None = None) -> Self:
+        """A copy that carries these tensors, and the sizes of the model that they were fitted on."""
         new = dataclasses.replace(self)
-        object.__setattr__(new, "_state", dict(state))
+        object.__setattr__(new, "_state", _State(self.name, state))
+        object.__setattr__(new, "_fitted_on", dict(fitted_on or {}))
         return new
+
+    def check_model(self, model: torch.nn.Module) -> None:
+        """Refuses a model that the state was not fitted on; every engine calls it before the method acts.
+
+        Raises:
+            Error: names the tensor or the size, what it is and what the model has.
+        """
+        if not self.state:
+            return
+        for check in _CHECKS:
+            check(self, model)
+        here = sizes(model)
+        for key, was in self.fitted_on.items():
+            if here.get(key, was) != was:
+                raise Error(
+                    f"method = {self.name!r}: was fitted on another model: that had {key} = {was}, "
+                    f"{type(model).__name__} has {here[key]}"
+                )
 
     @property
     def ready(self) -> bool:
@@ -272,14 +318,99 @@ class Method:
         raise Error(f"{self.name} needs {self.card.needs}: there is nothing to fit")
 
     def save(self, folder: str | Path) -> Path:
-        """Write `method.json` and, if there is state, `state.safetensors`."""
+        """Write `method.json` and, if there is state, `state.safetensors`; each file whole or not at all."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"method": self.name, "fields": self.fields()}, indent=2)
-        (folder / "method.json").write_text(text + "\n")
-        if self.state:
-            save_file({k: v.contiguous() for k, v in self.state.items()}, folder / "state.safetensors")
+        data = {
+            "method": self.name,
+            "fields": self.fields(),
+            "model": self.fitted_on,
+            "state": {name: _described(tensor) for name, tensor in self.state.items()},
+        }
+        tensors, file = folder / "state.safetensors", folder / "method.json"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.state:
+                save_file({k: v.contiguous() for k, v in self.state.items()}, tensors.with_suffix(".new"))
+                os.replace(tensors.with_suffix(".new"), tensors)
+            file.with_suffix(".new").write_text(json.dumps(data, indent=2) + "\n")
+            os.replace(file.with_suffix(".new"), file)
+            if not self.state:
+                tensors.unlink(missing_ok=True)
+        except (OSError, SafetensorError) as problem:
+            why = getattr(problem, "strerror", None) or problem
+            raise Error(f"folder = {str(folder)!r}: cannot be written to ({why})") from problem
         return folder
+
+
+# --------------------------------------------------------------------------- the model that a state belongs to
+
+
+class _State(dict[str, Tensor]):
+    """The tensors of a method; one that is missing is named."""
+
+    def __init__(self, method: str, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self._method = method
+
+    def __missing__(self, name: str) -> Tensor:
+        raise Error(f"method = {self._method!r}: was fitted on another model: its state has no {name}")
+
+
+_SIZES = {  # words for what transformers' configs say
+    "layers": ("num_hidden_layers",),
+    "heads": ("num_attention_heads",),
+    "KV groups": ("num_key_value_heads",),
+    "channels a head": ("head_dim",),
+    "hidden": ("hidden_size",),
+    "neurons": ("intermediate_size",),
+    "experts": ("num_experts", "num_local_experts", "n_routed_experts"),
+}
+
+
+def sizes(model: torch.nn.Module) -> dict[str, int]:
+    """What the config of a model says of its decoder, as far as it says it; what a fitted method is held against."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    said = {what: [getattr(config, name, None) for name in names] for what, names in _SIZES.items()}
+    found = {what: next((v for v in values if _is_int(v)), None) for what, values in said.items()}
+    return {what: value for what, value in found.items() if value is not None}
+
+
+StateCheck = Callable[[Method, torch.nn.Module], None]
+_CHECKS: list[StateCheck] = []
+
+
+def state_check(check: StateCheck) -> StateCheck:
+    """Decorator: what an engine knows of a kind of state; raises Error where the state does not fit the model."""
+    _CHECKS.append(check)
+    return check
+
+
+def _noting(fit: Callable[..., Method]) -> Callable[..., Method]:
+    @functools.wraps(fit)
+    def noting(self: Method, model: torch.nn.Module, *args: Any, **options: Any) -> Method:
+        fitted = fit(self, model, *args, **options)
+        return fitted.with_state(fitted.state, sizes(model))
+
+    return noting
+
+
+def _refusing(plan: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plan)
+    def refusing(self: Method, model: torch.nn.Module, *args: Any, **options: Any) -> Any:
+        self.check_model(model)
+        return plan(self, model, *args, **options)
+
+    return refusing
+
+
+def _described(tensor: Tensor) -> str:
+    """Number type and shape, e.g. `float32 4x8`."""
+    return " ".join([str(tensor.dtype).removeprefix("torch."), "x".join(map(str, tensor.shape))]).strip()
+
+
+# --------------------------------------------------------------------------- registry
 
 
 M = TypeVar("M", bound=type[Method])
@@ -313,9 +444,10 @@ def methods(axis: str | None = None, controls: bool = True) -> dict[str, type[Me
 def get(name: str) -> type[Method]:
     """The method class of that name; an unknown name is refused with the nearest ones."""
     if name not in _REGISTRY:
-        near = difflib.get_close_matches(name, _REGISTRY, n=3, cutoff=0.4)
+        near = difflib.get_close_matches(name[:80], _REGISTRY, n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(near)}?" if near else "`sparing methods` lists them"
-        raise Error(f"method = {name!r}: there is no method of that name; {hint}")
+        said = repr(name) if len(name) <= 80 else f"{name[:77]!r}…"
+        raise Error(f"method = {said}: there is no method of that name; {hint}")
     return _REGISTRY[name]
 
 
@@ -362,25 +494,63 @@ def parse(spec: str) -> Method:
 
 
 def load(folder: str | Path) -> Method:
-    """A method saved by `Method.save`, with its state."""
+    """A method saved by `Method.save`, with its state. The folder is data: nothing in it runs, see docs/security.md.
+
+    Raises:
+        Error: no method there, or one that is damaged; names file, field or tensor, what was found and expected.
+    """
+    from sparing.grid import files  # which needs Error
+
     folder = Path(folder)
-    file = folder / "method.json"
-    if not file.is_file():
+    if not (folder / "method.json").exists():
         raise Error(f"folder = {str(folder)!r}: no fitted method there (method.json is missing)")
+    file = files.inside(folder, "method.json")
     try:
-        data = json.loads(file.read_text())
-        name, values = data["method"], data["fields"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise Error(f"{file}: not a method file: {error}") from error
-    cls = get(name)
-    unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
+        data = files.read_json(file)
+    except Error as problem:
+        raise Error(f"not a method file: {problem}") from problem
+    for key in ("method", "fields"):
+        if key not in data:
+            raise Error(f"{file}: not a method file: {key} is missing")
+    kinds = {"method": str, "fields": dict, "model": dict, "state": dict}
+    for key, value in data.items():
+        if key not in kinds:
+            raise Error(f"{file}: not a method file: holds {files.short(key)}, known are {', '.join(kinds)}")
+        if not isinstance(value, kinds[key]):
+            raise Error(f"{file}: not a method file: {key} = {files.short(value)}: must be {_JSON[kinds[key]]}")
+    try:
+        cls = get(data["method"])
+    except Error as problem:
+        raise Error(f"{file}: {problem}") from problem
+    unknown = sorted(set(data["fields"]) - {f.name for f in dataclasses.fields(cls)})
     if unknown:
-        raise Error(f"{file}: {name} has no field {', '.join(sorted(unknown))}")
-    method = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    tensors = folder / "state.safetensors"
-    if tensors.is_file():
-        try:
-            method = method.with_state(load_file(tensors))
-        except Exception as error:
-            raise Error(f"{tensors}: cannot be read: {error}") from error
-    return method
+        raise Error(f"{file}: {cls.name} has no field {', '.join(map(files.short, unknown[:3]))}")
+    for key, value in data.get("model", {}).items():
+        if key not in _SIZES or not _is_int(value):
+            raise Error(
+                f"{file}: model: {files.short(key)} = {files.short(value)}: must be a whole number of "
+                f"{', '.join(_SIZES)}"
+            )
+    try:
+        method = cls(**data["fields"])
+    except Error as problem:
+        raise Error(f"{file}: {problem}") from problem
+    listed = data.get("state")  # not there in folders of older versions
+    if not os.path.lexists(folder / "state.safetensors") and not listed:
+        return method
+    tensors = files.read_tensors(files.inside(folder, "state.safetensors"))
+    if listed is not None:
+        _as_listed(folder / "state.safetensors", tensors, listed)
+    return method.with_state(tensors, data.get("model"))
+
+
+_JSON = {str: "a string", dict: "an object"}
+
+
+def _as_listed(file: Path, tensors: Mapping[str, Tensor], listed: Mapping[str, Any]) -> None:
+    """Refuses a state that is not the one its method.json was written with."""
+    for name in sorted({*tensors, *listed}):
+        here = _described(tensors[name]) if name in tensors else "missing"
+        said = listed.get(name, "no such tensor")
+        if here != said:
+            raise Error(f"{file}: {name!r} is {here}, method.json says {said!s:.80}")

@@ -101,6 +101,8 @@ class Cells:
         visual: visual tokens among them.
         rows: per layer, token rows that ran it (padding of unequal batches included: it is executed).
         visual_rows: per layer, visual rows among them.
+        pairs: per layer, pairs of token and expert that ran; only where a routing method is attached.
+        all_pairs: per layer, pairs that the router chose.
         index: per layer, original column of each row that ran, (B, N), -1 for padding; only when asked for.
         batch: B.
     """
@@ -112,6 +114,8 @@ class Cells:
     rows: list[int]
     visual_rows: list[int]
     index: list[Tensor | None] = field(default_factory=list)
+    pairs: list[int] = field(default_factory=list)
+    all_pairs: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -158,15 +162,18 @@ class Trace:
         return {k: (v[0], v[1]) for k, v in self._counted().by_layer.items()}
 
     def share(self, axis: str = "tokens", phase: str | None = None) -> float:
-        """Mean share of cells that ran: visual-token-layers ("tokens") or token-layers of all kinds ("depth").
+        """Mean share of cells that ran: visual-token-layers ("tokens"), token-layers of all kinds ("depth") or pairs of
+        token and expert among those that the routers chose ("experts").
 
         Args:
-            axis: "tokens" or "depth".
+            axis: "tokens", "depth" or "experts".
             phase: only passes of this phase; default all.
         """
         ran = full = 0
         for c in self.cells:
-            if phase in (None, c.phase):
+            if phase in (None, c.phase) and axis == "experts":
+                ran, full = ran + sum(c.pairs), full + sum(c.all_pairs)
+            elif phase in (None, c.phase):
                 ran += sum(c.visual_rows if axis == "tokens" else c.rows)
                 full += len(c.rows) * (c.visual if axis == "tokens" else c.tokens)
         return ran / full if full else 1.0

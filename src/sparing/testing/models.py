@@ -1,20 +1,25 @@
-"""Builds the tiny models that tests run on, and prompts for them."""
+"""Tiny random models of real architectures, and prompts for them: batched, padded, of unequal lengths, with images."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import transformers as hf
+import transformers
 from torch import Tensor
+
+hf: Any = transformers  # config classes take more than their signatures say
 
 LAYERS = 6
 VOCAB = 120
 IMAGE = 118  # token id of one visual token
 VISUAL = 16  # visual tokens of one image, a 4 x 4 grid
-TEXT = ("llama", "qwen3", "gemma3")
+DENSE = ("llama", "qwen2", "qwen3", "gemma3", "mistral", "phi3", "gpt-neox", "opt")
+MOE = ("qwen3-moe", "olmoe", "mixtral", "deepseek-v3")
+TEXT = (*DENSE, *MOE)
 VISION = ("llava", "qwen2.5-vl")
 ARCHITECTURES = (*TEXT, *VISION)
+EXPERTS, TOP_K = 12, 3  # of the MoE models
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -29,8 +34,14 @@ _SIZES: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 
+_EXPERTS: dict[str, Any] = {"num_experts": EXPERTS, "num_experts_per_tok": TOP_K}
 
-def build(name: str, dtype: torch.dtype = torch.float32) -> hf.PreTrainedModel:
+
+def _without(*names: str) -> dict[str, Any]:
+    return {k: v for k, v in _SIZES.items() if k not in names}
+
+
+def build(name: str, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
     """A tiny random model of architecture `name`, in eval mode, weights large enough that attention is not flat."""
     torch.manual_seed(1)
     model: Any
@@ -42,6 +53,44 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> hf.PreTrainedModel:
         kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
         model = hf.Gemma3ForCausalLM(
             hf.Gemma3TextConfig(**_SIZES, head_dim=16, sliding_window=8, layer_types=kinds, query_pre_attn_scalar=16)
+        )
+    elif name == "qwen2":
+        model = hf.Qwen2ForCausalLM(hf.Qwen2Config(**_SIZES))
+    elif name == "mistral":
+        model = hf.MistralForCausalLM(hf.MistralConfig(**_SIZES, sliding_window=8))
+    elif name == "phi3":
+        model = hf.Phi3ForCausalLM(hf.Phi3Config(**_SIZES))
+    elif name == "gpt-neox":
+        model = hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**_SIZES))
+    elif name == "opt":
+        model = hf.OPTForCausalLM(
+            hf.OPTConfig(**_without("intermediate_size", "num_key_value_heads"), ffn_dim=48, word_embed_proj_dim=32)
+        )
+    elif name == "qwen3-moe":
+        model = hf.Qwen3MoeForCausalLM(
+            hf.Qwen3MoeConfig(**_SIZES, head_dim=16, moe_intermediate_size=24, norm_topk_prob=True, **_EXPERTS)
+        )
+    elif name == "olmoe":
+        model = hf.OlmoeForCausalLM(hf.OlmoeConfig(**_SIZES, **_EXPERTS))
+    elif name == "mixtral":
+        model = hf.MixtralForCausalLM(hf.MixtralConfig(**_SIZES, num_local_experts=EXPERTS, num_experts_per_tok=TOP_K))
+    elif name == "deepseek-v3":
+        model = hf.DeepseekV3ForCausalLM(
+            hf.DeepseekV3Config(
+                **{**_SIZES, "num_key_value_heads": 4},
+                moe_intermediate_size=24,
+                n_routed_experts=EXPERTS,
+                num_experts_per_tok=TOP_K,
+                n_group=2,
+                topk_group=1,
+                n_shared_experts=1,
+                first_k_dense_replace=1,
+                q_lora_rank=16,
+                kv_lora_rank=16,
+                qk_nope_head_dim=8,
+                qk_rope_head_dim=8,
+                v_head_dim=8,
+            )
         )
     elif name == "llava":
         vision = hf.CLIPVisionConfig(
@@ -88,7 +137,7 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> hf.PreTrainedModel:
         raise ValueError(name)
     with torch.no_grad():
         for p in model.parameters():
-            if p.ndim == 2:
+            if p.ndim >= 2:
                 p.mul_(4)
     return model.eval().to(dtype)
 
@@ -115,7 +164,7 @@ def prompt(name: str, lengths: tuple[int, ...] = (7, 5), *, side: str = "left", 
     for i, row in enumerate(rows):
         at = slice(width - len(row), width) if side == "left" else slice(0, len(row))
         ids[i, at], mask[i, at] = row, 1
-    out = {"input_ids": ids, "attention_mask": mask}
+    out: dict[str, Tensor] = {"input_ids": ids, "attention_mask": mask}
     if name == "llava":
         out["pixel_values"] = torch.randn(len(rows), 3, 32, 32, generator=generator)
     if name == "qwen2.5-vl":
@@ -129,7 +178,9 @@ def prompt(name: str, lengths: tuple[int, ...] = (7, 5), *, side: str = "left", 
 def single(name: str, batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
     """One sample of a batch, without padding."""
     keep = batch["attention_mask"][row].bool()
-    out = {k: batch[k][row : row + 1, keep] for k in ("input_ids", "attention_mask", "mm_token_type_ids") if k in batch}
+    out: dict[str, Tensor] = {
+        k: batch[k][row : row + 1, keep] for k in ("input_ids", "attention_mask", "mm_token_type_ids") if k in batch
+    }
     if name == "llava":
         out["pixel_values"] = batch["pixel_values"][row : row + 1]
     if name == "qwen2.5-vl":
