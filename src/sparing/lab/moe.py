@@ -147,8 +147,8 @@ the running Python, so other versions differ a little.
 
 ## Load of the experts by domain
 
-Percent of the four choices a token that each expert gets; {100 / experts:.2f} would be even. The last column of the
-summary is the share of choices that would have to move to make both domains alike (total variation).
+Percent of the four choices a token that each expert gets; {100 / experts:.2f} would be even. The table
+below it says what share of the choices would have to move to make both domains alike (total variation).
 
 | layer | domain | {" | ".join(f"{i}" for i in range(experts))} |
 |---|---|{"---|" * experts}

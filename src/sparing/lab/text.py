@@ -124,11 +124,27 @@ def heldout_text() -> str:
     return "".join(map(read, heldout_files()))
 
 
+def of_domain(path: Path, domain: str) -> str:
+    """A file as it is (`files`), without docstrings and comments (`code`), or those alone (`prose`)."""
+    text = read(path)
+    return text if domain == "files" else split(text)[("code", "prose").index(domain)]
+
+
 @cache
 def heldout_domain(domain: str) -> str:
-    """The held-out files as `code` (without docstrings and comments) or `prose` (those alone), as one string."""
-    parts = [split(read(path)) for path in heldout_files()]
-    return "".join(part[("code", "prose").index(domain)] for part in parts)
+    """All held-out files as `of_domain` gives them, as one string."""
+    return "".join(of_domain(path, domain) for path in heldout_files())
+
+
+@cache
+def train_text(size: int, domain: str = "files") -> str:
+    """At least `size` characters (if there are as many) of the training files, the standard library first."""
+    text = ""
+    for path in train_files():
+        text += of_domain(path, domain)
+        if len(text) > size:
+            break
+    return text
 
 
 @cache
