@@ -12,7 +12,7 @@ SCENES ?= 150
 WINDOWS ?= 16
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow lint format docs contrast clean
+.PHONY: demo test test-slow lint format docs contrast breakeven efficiency clean
 
 $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -49,6 +49,14 @@ docs: $(VENV)/.ready
 # The validity table of lab:vlm (docs/instrument.md): what random, FastV and the oracle lose, layer by layer.
 contrast: $(VENV)/.ready
 	$(BIN)/python benchmarks/contrast.py
+
+# The map of docs/results/breakeven.md: from which context length and batch size on three methods are faster than dense.
+breakeven: $(VENV)/.ready
+	$(BIN)/python benchmarks/breakeven.py
+
+# Realised speed-up of every engine action against its FLOP bound (docs/efficiency.md).
+efficiency: $(VENV)/.ready
+	$(BIN)/python benchmarks/efficiency.py
 
 clean:
 	rm -rf $(VENV) out

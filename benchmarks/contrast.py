@@ -84,7 +84,9 @@ def write(dense: float, table: dict[str, list[float | None]], args: argparse.Nam
         "",
     ]
     (DOCS / "results").mkdir(parents=True, exist_ok=True)
-    (DOCS / "instrument.md").write_text("\n".join(page))
+    file = DOCS / "instrument.md"
+    _, rest, more = file.read_text().partition("\n## ") if file.exists() else ("", "", "")
+    file.write_text("\n".join(page) + rest + more)  # what follows the table is written by hand
     figures = {"dense": dense, "keep": args.keep, "scenes": args.limit, **table}
     (DOCS / "results" / "contrast.json").write_text(json.dumps(figures, indent=2) + "\n")
     print("\n".join(page))

@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 if TYPE_CHECKING:
     from sparing.bench.models import Loaded
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sparing.grid.method import Method
 
 INTERRUPTED = 130
+_UsageError: Any = typer.BadParameter.__mro__[1]  # typer carries a click of its own
 
 
 class _Commands(TyperGroup):
@@ -50,6 +51,12 @@ class _Commands(TyperGroup):
             if module is None or not isinstance(problem, module.Error):
                 raise
             _complain(str(problem), "bold red")
+            raise typer.Exit(2) from None
+        except _UsageError as problem:  # what typer itself refuses, without its frame of three lines
+            if type(problem).__name__ == "NoArgsIsHelpError":
+                raise
+            command = problem.ctx.command_path if problem.ctx else "sparing"
+            _complain(f"{problem.format_message().rstrip('.')}; see {command} --help", "bold red")
             raise typer.Exit(2) from None
 
 
@@ -87,7 +94,23 @@ Dtype = Annotated[
         help="Number type of the weights; the checkpoint's own if not given.",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of all that is drawn.")]
+
+
+def _whole(low: int, high: int | None = None) -> Callable[[typer.CallbackParam, int | None], int | None]:
+    """Callback of an option that takes a whole number in low..high."""
+
+    def check(param: typer.CallbackParam, value: int | None) -> int | None:
+        if value is not None and (value < low or (high is not None and value > high)):
+            upper = "" if high is None else f" and at most {high}"
+            raise _error(f"{param.opts[0]} {value}: must be at least {low}{upper}")
+        return value
+
+    return check
+
+
+Seed = Annotated[
+    int, typer.Option("--seed", metavar="N", callback=_whole(0, 2**32 - 1), help="Seed of all that is drawn.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -146,14 +169,32 @@ def _methods(
 # --------------------------------------------------------------------------- compare, report, show
 
 
-@app.command("compare")
+class _Compare(TyperCommand):
+    """Takes several words after --sweep: `--sweep context=512,2048 batch=1,8`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        said: list[str] = []
+        sweeping = False
+        for place, word in enumerate(args):
+            value = place > 0 and args[place - 1] == "--sweep"
+            more = sweeping and not value and "=" in word and not word.startswith("-")
+            said += ["--sweep", word] if more else [word]
+            sweeping = value or more or word.startswith("--sweep=")
+        return super().parse_args(ctx, said)
+
+
+@app.command("compare", cls=_Compare)
 def _compare(
     model: Model,
     out: Out,
     task: Annotated[
         str,
         typer.Option(
-            "--task", "-t", metavar="T", help="ppl, ppl:FILE, find-digit, or vqa:FILE.jsonl.", show_default=False
+            "--task",
+            "-t",
+            metavar="T",
+            help="ppl, ppl:FILE, find-digit, vqa:FILE.jsonl, or lm-eval:NAME.",
+            show_default=False,
         ),
     ],
     method: Annotated[
@@ -177,19 +218,40 @@ def _compare(
     no_controls: Annotated[
         bool, typer.Option("--no-controls", help="Leave random, uniform, oracle and down-sampling out.")
     ] = False,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep",
+            metavar="context=512,2048,… batch=1,8,…",
+            help="Also measure from which context length and batch size on each method is faster than dense.",
+        ),
+    ] = None,
 ) -> None:
     """Measure methods on a model against dense and against their controls, and write a report."""
     budgets = _budgets(keep)
     for text in method:
         _method(text)
+    given = _axes(sweep) if sweep else None
     _writable(out)
     _quiet()
     from sparing.bench import report
     from sparing.bench.compare import compare
 
+    where: tuple[Any, Any] = model, task
+    planned: Any = None
+    if given is not None:  # what it cannot do is said before the comparison begins
+        from sparing.bench import sweep as sweeps
+        from sparing.bench import tasks
+        from sparing.bench.models import load_model
+
+        with _doing(f"Loading {model}"):
+            loaded = load_model(model, device, dtype)
+        where = loaded, tasks.parse(task, loaded)
+        planned = sweeps.prepare(*where, method, budgets, *given, out=out, resume=resume, seed=seed, repeats=repeats)
+        if planned.remark:
+            _complain(f"--sweep: {planned.remark}", "yellow")
     rows = compare(
-        model,
-        task,
+        *where,
         method,
         budgets,
         out=out,
@@ -206,6 +268,8 @@ def _compare(
         from sparing.bench import capture
 
         pictures = _or_none(lambda: capture.draw(rows, out, device), "pictures of what ran")
+    if planned is not None:
+        rows = rows + planned.run(sys.stderr.isatty())
     path = report.write(rows, out, pictures, _machines([out], report.machine(device)))
     console = _console()
     console.print(report.terminal(rows))
@@ -261,6 +325,7 @@ def _show(
 
     with _doing(f"Loading {model}"):
         loaded = load_model(model, device, dtype)
+    chosen.check_model(loaded.model)
     bound = tasks.parse(task or _usual_task(loaded), loaded)
     if budget is not None:
         chosen = chosen.at(budget, loaded.view.shape)
@@ -291,10 +356,11 @@ def _fit(
         ),
     ],
     batches: Annotated[
-        int, typer.Option("--batches", metavar="N", min=1, help="Batches to calibrate or train on.")
+        int, typer.Option("--batches", metavar="N", callback=_whole(1), help="Batches to calibrate or train on.")
     ] = 32,
     epochs: Annotated[
-        int | None, typer.Option("--epochs", metavar="N", min=1, help="Passes over them, where it is training.")
+        int | None,
+        typer.Option("--epochs", metavar="N", callback=_whole(1), help="Passes over them, where it is training."),
     ] = None,
     lr: Annotated[
         float | None, typer.Option("--lr", metavar="X", help="Peak learning rate, where it is training.")
@@ -340,7 +406,9 @@ def _prune(
         str | None,
         typer.Option("--data", "-d", metavar="FILE", help="Calibration data, if the method is not fitted yet."),
     ] = None,
-    batches: Annotated[int, typer.Option("--batches", metavar="N", min=1, help="Batches to calibrate on.")] = 32,
+    batches: Annotated[
+        int, typer.Option("--batches", metavar="N", callback=_whole(1), help="Batches to calibrate on.")
+    ] = 32,
     device: Device = "cpu",
     dtype: Dtype = None,
     seed: Seed = 0,
@@ -368,6 +436,7 @@ def _prune(
 
     with _doing(f"Loading {model}"):
         loaded = load_model(model, device, dtype)
+    chosen.check_model(loaded.model)
     if not chosen.ready:
         assert data is not None
         chosen = _fitted(chosen, loaded, data, batches, seed)
@@ -448,7 +517,9 @@ def _lab_train(
 def _lab_eval(
     name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
-    limit: Annotated[int | None, typer.Option("--limit", metavar="N", help="Scenes or windows to evaluate.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", callback=_whole(1), help="Scenes or windows to evaluate.")
+    ] = None,
 ) -> None:
     """Evaluate a lab model on its held-out data: accuracy for vlm, bits_per_byte for lm."""
     module = _lab(name)
@@ -485,11 +556,22 @@ def _budgets(text: str) -> list[float]:
     return list(dict.fromkeys(budgets))
 
 
+def _axes(texts: list[str]) -> tuple[list[int], list[int]]:
+    """Contexts and batches of `--sweep`."""
+    from sparing.bench.sweep import axes
+
+    return axes(texts)
+
+
 def _method(text: str) -> Method:
     import sparing
 
-    folder = Path(text).expanduser()
-    return sparing.load(folder) if folder.is_dir() else sparing.parse(text)
+    folder = os.path.expanduser(text)
+    if os.path.isdir(folder):  # which takes any text, also what is too long for a path
+        return sparing.load(folder)
+    if "/" in text.partition(":")[0]:
+        raise _error(f"--method {text}: there is no such folder; name the folder of a fitted method, or a method")
+    return sparing.parse(text)
 
 
 def _usual_task(loaded: Loaded) -> str:
@@ -532,10 +614,15 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     file = folder / "results.jsonl"
     if not file.is_file():
         raise _error(f"{folder}: no run of sparing compare (results.jsonl is missing)")
+    from sparing.bench.compare import read_rows
+
     try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
-        raise _error(f"{file}: damaged: {problem}") from problem
+        rows = read_rows(file)
+    except OSError as problem:
+        raise _error(f"{file}: cannot be read: {problem.strerror or problem}") from problem
+    if not rows:
+        raise _error(f"{folder}: holds no finished row; sparing compare with --resume goes on with it")
+    return rows
 
 
 def _machines(folders: Iterable[Path], this: str | None = None) -> list[str]:
@@ -543,7 +630,7 @@ def _machines(folders: Iterable[Path], this: str | None = None) -> list[str]:
     known = []
     for folder in folders:
         file = folder / "machine.txt"
-        known += file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        known += file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
         if this is not None and this not in known:
             known.append(this)
             file.write_text("\n".join(known) + "\n", encoding="utf-8")
@@ -603,7 +690,7 @@ def _print_path(path: Path) -> None:
 
 
 def _complain(message: str, style: str) -> None:
-    text = " ".join(message.split())
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(message.split()))
     Console(stderr=True, highlight=False).print(Text(text, style=style), soft_wrap=True)
 
 

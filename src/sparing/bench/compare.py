@@ -1,7 +1,7 @@
 """The library's main job: methods against dense and against their controls, on one model and one task, as rows.
 
 Every row is a plain dict that JSON can hold; a value that was not measured is None. There are three sorts: `dense` (one
-row), controls (`control` is random, uniform, oracle or downsample, `of` names the method) and methods. A method's
+row), controls (`control` is random, uniform, oracle, downsample, …, `of` names the method) and methods. A method's
 controls stand before it, because its `beats_control` is read from their rows. The columns are listed at `BLANK`.
 
 Rows go to `OUT/results.jsonl` one by one and are on the disk before the next one is begun, so a run that is killed at
@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.console import Console
@@ -50,6 +50,8 @@ from sparing.bench.timing import Ratio, Stages
 from sparing.engine.attach import Run, attach
 from sparing.engine.checkpoint import save_pretrained
 from sparing.engine.surgery import prune
+from sparing.engine.view import View
+from sparing.grid.files import parse_json, read_json, short
 from sparing.grid.method import BudgetError, Error, Method, load, parse
 from sparing.grid.method import methods as all_methods
 
@@ -58,6 +60,7 @@ Row = dict[str, Any]
 KEEP = (0.5, 0.25, 0.1)
 FIT_BATCHES = 32  #: calibration batches
 PHASES = ("prefill", "decode")
+_EVERYWHERE = ("model", "task", "limit", "device", "dtype", "versions")  # arguments that every row repeats
 SCRATCH = ".size-"  # start of the names of folders that are gone when a row is done
 
 BLANK: Row = {
@@ -66,16 +69,17 @@ BLANK: Row = {
     "axis": None,  # tokens | depth | width | …
     "keep": None,  # asked share of the axis' cells
     "fields": {},  # hyper-parameters at this budget
-    "control": None,  # None for a method, else random | uniform | oracle | downsample
+    "control": None,  # None for a method, else random | uniform | frequency | gate | oracle | downsample
     "of": None,  # method that a control belongs to
     "spec": None,  # the method as it was asked for; the same in a method's row and its controls'
     # quality
     "metric": None,
+    "higher_is_better": None,
     "quality": None,
     "quality_dense": None,
     "quality_loss_pct": None,  # see Task.loss
     "details": {},  # the same quality in other units
-    "beats_control": None,  # better than random by more than its spread over seeds, and not worse than uniform
+    "beats_control": None,  # better than random by more than its spread over seeds, and not worse than the others
     # speed: dense seconds / method seconds; median, 20th and 80th percentile of paired runs
     "prefill_speedup": None,
     "prefill_speedup_low": None,
@@ -122,7 +126,7 @@ BLANK: Row = {
 
 
 def compare(
-    model: str | PreTrainedModel,
+    model: str | PreTrainedModel | Loaded,
     task: str | Task,
     methods: Sequence[str | Path | Method],
     keep: Sequence[float] = KEEP,
@@ -143,7 +147,7 @@ def compare(
     """Measures methods on a model: quality, speed, memory and cost against dense and against their controls.
 
     Args:
-        model: `lab:NAME`, a checkpoint folder, a hub id, or a model object.
+        model: `lab:NAME`, a checkpoint folder, a hub id, a model object, or what `load_model` gave.
         task: `ppl`, `ppl:FILE`, `find-digit`, `vqa:FILE.jsonl`, or a `Task`.
         methods: names, `name:field=value,…`, folders of fitted methods, or `Method` objects.
         keep: budgets: shares of the cells of a method's axis that run.
@@ -175,11 +179,11 @@ def compare(
             raise Error(f"{name} = {value}: must be at least {least}")
     if not keep or not methods:
         raise Error(f"{'methods' if keep else 'keep'} = []: name at least one")
-    asked = _asked(methods, fitted or {})
-    loaded = load_model(model, device, dtype, processor)
+    asked = named(methods, fitted or {})
+    loaded = model if isinstance(model, Loaded) else load_model(model, device, dtype, processor)
     bound_task = tasks.parse(task, loaded)
     for spec, method in asked.items():
-        _fits(spec, method, loaded, bound_task)
+        fits(spec, method, loaded, bound_task)
     arguments = {
         "model": loaded.name,
         "task": bound_task.name,
@@ -192,12 +196,12 @@ def compare(
         "limit": limit,
         "controls": controls,
         "control_seeds": control_seeds,
-        "states": {spec: _digest(method) for spec, method in asked.items() if method.state},
+        "states": {spec: digest(method) for spec, method in asked.items() if method.state},
         "threads": torch.get_num_threads(),  # another number rounds otherwise
-        "versions": _versions(),
+        "versions": versions(),
     }
     store = Store(out, arguments, resume)
-    with _quiet(), _bar(progress, len(asked) * len(keep)) as bar:
+    with quiet(), bar_of(progress, len(asked) * len(keep), "dense") as bar:
         _Comparison(loaded, bound_task, store, bar, arguments).run(asked)
     return store.rows
 
@@ -210,7 +214,11 @@ class Store:
 
     The folder holds `run.json` (the arguments), `results.jsonl` (a row a line), `fitted/` (methods fitted on the way)
     and, where something failed, `errors.log`. A line that a kill left unfinished is dropped when the run is resumed.
+    A sweep has other names for the first two and may stand beside the comparison that it belongs to.
     """
+
+    what: ClassVar[str] = "run"
+    files: ClassVar[tuple[str, str]] = ("run.json", "results.jsonl")
 
     def __init__(self, folder: str | Path | None, arguments: Row, resume: bool = False) -> None:
         self.rows: list[Row] = []
@@ -224,18 +232,27 @@ class Store:
                 pass
         except OSError as problem:
             raise Error(f"out = '{self.folder}': cannot be written to ({problem.strerror or problem})") from problem
-        file, self._file = self.folder / "run.json", self.folder / "results.jsonl"
-        if file.exists():
-            self._same(self._json(file.read_bytes()), arguments)
-            if not resume:
-                raise Error(
-                    f"out = '{self.folder}': holds this run already; pass --resume to go on with it, or another folder"
-                )
+        file, self._file = (self.folder / name for name in self.files)
+        if self.holds(self.folder, arguments, resume):
             self._recover()
-        elif any(not path.name.endswith(".new") for path in self.folder.iterdir()):
+        elif not (self.folder / Store.files[0]).is_file() and any(
+            not path.name.endswith(".new") for path in self.folder.iterdir()
+        ):
             raise Error(f"out = '{self.folder}': is not empty and holds no run of sparing compare; take another folder")
         else:
             _write(file, json.dumps(arguments, indent=2) + "\n")
+
+    @classmethod
+    def holds(cls, folder: str | Path, arguments: Row, resume: bool = False) -> bool:
+        """Whether a folder holds this run, to go on with; refuses the folder of another one."""
+        file = Path(folder).expanduser() / cls.files[0]
+        if not file.is_file():
+            return False
+        refuse_other(file, arguments, cls.what)
+        if not resume:
+            words = f"holds this {cls.what} already; pass --resume to go on with it, or another folder"
+            raise Error(f"out = '{file.parent}': {words}")
+        return True
 
     def find(self, **wanted: Any) -> Row | None:
         """The first row with these values."""
@@ -258,30 +275,74 @@ class Store:
             with open(self.folder / "errors.log", "a") as file:
                 file.write(f"{what}\n{traceback.format_exc()}\n")
 
-    def _same(self, old: Row, new: Row) -> None:
-        other = [key for key in new if old.get(key) != new[key]]
-        if other:
-            was = ", ".join(f"{key} {old.get(key)!r}, now {new[key]!r}" for key in other)
-            raise Error(f"out = '{self.folder}': holds another run ({was}); take another folder")
-
     def _recover(self) -> None:
         assert self.folder is not None
         data = self._file.read_bytes() if self._file.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
-        self.rows = [self._json(line) for line in whole.splitlines()]
+        self.rows = read_rows(self._file) if whole else []
         for left in self.folder.glob(f"{SCRATCH}*"):
             shutil.rmtree(left, ignore_errors=True)
         if whole != data:
             os.truncate(self._file, len(whole))
 
-    def _json(self, text: bytes) -> Row:
+
+def refuse_other(file: Path, arguments: Row, what: str = "run") -> None:
+    """Refuses a folder whose file of arguments differs from these in any of them."""
+    old, new = _json(file), _plain(arguments)
+    other = [key for key in new if old.get(key) != new[key]]
+    if other:
+        was = ", ".join(f"{key} {old.get(key)!r}, now {new[key]!r}" for key in other)
+        raise Error(f"out = '{file.parent}': holds another {what} ({was}); take another folder")
+
+
+def _json(file: Path) -> Row:
+    try:
+        return read_json(file)
+    except Error as problem:
+        raise Error(f"out = '{file.parent}': what it holds is damaged ({problem}); take another folder") from problem
+
+
+def read_rows(file: Path) -> list[Row]:
+    """The rows of a run; a last line that a kill left unfinished is no row.
+
+    Raises:
+        Error: names the line that is damaged, and what is wrong with it.
+    """
+    whole, _, _ = file.read_bytes().rpartition(b"\n")
+    rows = []
+    for number, line in enumerate(whole.split(b"\n"), 1):
+        where = f"{file}: line {number}"
+        if not line.strip():
+            continue
         try:
-            read: Row = json.loads(text)
-        except ValueError as problem:
-            raise Error(
-                f"out = '{self.folder}': what it holds is damaged ({problem}); take another folder"
-            ) from problem
-        return read
+            row = parse_json(line, where)
+        except Error as problem:
+            raise Error(f"{problem}: the file is damaged; take another folder") from problem
+        if file.name == Store.files[1]:
+            _check_row(row, where)
+        rows.append(row)
+    return rows
+
+
+_WORDS = {"method", "axis", "control", "of", "spec", "metric", "phase", "status", "note", "model", "task"}
+_KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
+    **dict.fromkeys(BLANK, ("a number", (int, float))),
+    **dict.fromkeys({*_WORDS, "device", "dtype"}, ("a string", (str,))),
+    **dict.fromkeys(("fields", "details", "versions"), ("an object", (dict,))),
+    **dict.fromkeys(("higher_is_better", "beats_control", "slower_than_dense"), ("true or false", (bool,))),
+}
+
+
+def _check_row(row: Row, where: str) -> None:
+    """Refuses a line that is no row of a comparison."""
+    needed = {"method", "keep", *(("quality", "quality_loss_pct") if row.get("status", "ok") == "ok" else ())}
+    for key in sorted(needed | (row.keys() & _KINDS.keys())):
+        value, (what, kinds) = row.get(key), _KINDS[key]
+        right = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+        if right and isinstance(value, (int, float)):
+            right = abs(value) < 1e300 and (key != "keep" or 0 < value <= 1)
+        if not (right or (value is None and key not in needed)):
+            raise Error(f"{where}: {key} = {short(value)}: must be {what}; the file is damaged, take another folder")
 
 
 def _write(file: Path, text: str) -> None:
@@ -312,7 +373,7 @@ def _plain(row: Row) -> Row:
 
 
 @dataclass
-class _Subject:
+class Subject:
     """A model with or without something attached: everything a row measures can be measured on it.
 
     Attributes:
@@ -370,94 +431,23 @@ class _Subject:
 
 
 @dataclass
-class _Comparison:
+class Work:
+    """What a comparison and a sweep have in common: methods made ready, and rows that are kept in any case."""
+
     loaded: Loaded
     task: Task
     store: Store
-    bar: _Bar
+    bar: Bar
     arguments: Row
     fitted: dict[str, Method] = field(default_factory=dict)
+
+    blank: ClassVar[Row] = BLANK
 
     @property
     def model(self) -> PreTrainedModel:
         return self.loaded.model
 
-    def run(self, asked: Mapping[str, Method]) -> None:
-        """Everything that is not there yet."""
-        with _evaluating(self.model):
-            if not self.store.find(method="dense"):
-                self._dense()
-            for spec, method in asked.items():
-                for keep in self.arguments["keep"]:
-                    self._budget(spec, method, keep)
-                    self.bar.next()
-
-    def _dense(self) -> None:
-        with self._row("dense", method="dense", axis=None, keep=1.0, seed=self.arguments["seed"]) as row:
-            subject = _Subject(self.model)
-            self._quality(row, subject)
-            if self.arguments["repeats"] != 0:
-                inputs = self.task.inputs()
-                peaks = bounds.peaks(self.arguments["device"], self.model.dtype)
-                row |= {"peak_flops": peaks.flops, "peak_bandwidth": peaks.bandwidth}
-                row |= _costs(subject.cost(inputs))
-                row |= {"cells": 1.0, "flops_ratio": 1.0, "bytes_ratio": 1.0, "decision_share": 0.0, "phase": "prefill"}
-                row |= {"flop_bound": 1.0, "byte_bound": 1.0, "roofline": 1.0, "bound": 1.0, "efficiency": 1.0}
-                row["peak_memory_mb"] = subject.memory(inputs) / 1e6
-                self._speed(row, subject, inputs)
-
-    def _budget(self, spec: str, method: Method, keep: float) -> None:
-        """One method at one budget: its controls, then itself."""
-        mine = {"spec": spec, "keep": keep, "axis": method.card.axis}
-        if self.store.find(spec=spec, keep=keep, control=None):
-            return
-        name = f"{method.name} at {keep:g}"
-        with self._row(spec, **mine, method=method.name, fields=method.fields(), seed=self.arguments["seed"]) as row:
-            self.bar.say(f"{name}: preparing")
-            method = self._ready(spec, method).at(keep, self.loaded.view.shape)
-            row["fields"] = method.fields()
-            plan = self._plan(method)
-            for place, (kind, seed) in enumerate(plan):
-                self.bar.say(f"{name}: {kind} control", place, len(plan) + 2)
-                if not self.store.find(spec=spec, keep=keep, control=kind, seed=seed):
-                    self._control({**mine, "control": kind, "of": method.name, "seed": seed}, method)
-            row["seconds"] = time.perf_counter()  # the controls have rows of their own
-            self.bar.say(f"{name}: quality", len(plan), len(plan) + 2)
-            subject = self._subject(method)
-            self._quality(row, subject)
-            row["beats_control"] = self._beats(row)
-            self.bar.say(f"{name}: speed", len(plan) + 1, len(plan) + 2)
-            if self.arguments["repeats"] != 0:
-                self._measure(row, method, subject)
-
-    def _plan(self, method: Method) -> list[tuple[str, int]]:
-        """Kind and seed of the controls of a method."""
-        first = self.arguments["seed"]
-        seeds = {"random": self.arguments["control_seeds"], "uniform": 1, "oracle": int(self.task.truth)}
-        plan = [(kind, first + i) for kind in seeds if kind in method.card.controls for i in range(seeds[kind])]
-        plan += [("downsample", first)] * (method.card.visual and self.task.downsampled(1.0) is not None)
-        return plan if self.arguments["controls"] else []
-
-    def _control(self, known: Row, method: Method) -> None:
-        """The row of one control."""
-        kind, keep = known["control"], known["keep"]
-        with self._row(f"{known['spec']}, {kind} control", **known, method=kind) as row:
-            if kind != "downsample":
-                control = method.control(kind, self.loaded.view.shape, known["seed"])
-                row |= {"method": control.name, "fields": control.fields()}
-                self._quality(row, self._subject(control))
-                return
-            # the dense model on smaller pictures: one number for all methods at this budget
-            same = self.store.find(control="downsample", keep=keep, status="ok")
-            if same:
-                row |= {key: same[key] for key in ("quality", "quality_dense", "quality_loss_pct", "details")}
-                return
-            task = self.task.downsampled(keep)
-            if task is None:
-                raise BudgetError(f"keep = {keep:g}: is less than one visual token")
-            self._quality(row, _Subject(self.model), task)
-
-    def _ready(self, spec: str, method: Method) -> Method:
+    def ready(self, spec: str, method: Method) -> Method:
         """The method with what it has to be fitted with; fitted once for all budgets."""
         if method.ready:
             return method
@@ -478,30 +468,130 @@ class _Comparison:
                 self.fitted[spec] = fitted
         return self.fitted[spec]
 
-    def _subject(self, method: Method) -> _Subject:
+    def subject(self, method: Method) -> Subject:
+        """What is measured: the model with the method attached, or really cut by it."""
         if method.card.kind == "surgery":
-            return _Subject(prune(self.model, method).eval())
-        return _Subject(self.model, method)
+            return Subject(prune(self.model, method).eval())
+        return Subject(self.model, method)
 
-    def _quality(self, row: Row, subject: _Subject, task: Task | None = None) -> None:
+    @contextmanager
+    def row(self, what: str, **known: Any) -> Iterator[Row]:
+        """A row to fill; it is kept in any case, with what went wrong if something did."""
+        row = self.blank | {"seconds": time.perf_counter()} | known
+        row |= {key: self.arguments[key] for key in _EVERYWHERE if key in row}
+        if "metric" in row:
+            row |= {"metric": self.task.metric, "higher_is_better": self.task.higher_is_better}
+        try:
+            yield row
+        except BudgetError as problem:
+            row |= {"status": "unreachable", "note": str(problem)}
+        except Exception as problem:  # a method's failure is a result; the run goes on
+            if row["method"] == "dense":
+                raise Error(f"model = {self.loaded.name!r}: fails on {self.task.name} as it is: {problem}") from problem
+            row |= {"status": "failed", "note": f"{type(problem).__name__}: {problem}".splitlines()[0]}
+            self.store.log(f"{what}, keep {row['keep']}")
+        row["seconds"] = time.perf_counter() - row["seconds"]
+        row |= self.store.add(row)
+
+
+@dataclass
+class _Comparison(Work):
+    def run(self, asked: Mapping[str, Method]) -> None:
+        """Everything that is not there yet."""
+        with evaluating(self.model):
+            if not self.store.find(method="dense"):
+                self._dense()
+            for spec, method in asked.items():
+                for keep in self.arguments["keep"]:
+                    self._budget(spec, method, keep)
+                    self.bar.next()
+
+    def _dense(self) -> None:
+        with self.row("dense", method="dense", axis=None, keep=1.0, seed=self.arguments["seed"]) as row:
+            subject = Subject(self.model)
+            self._quality(row, subject)
+            if self.arguments["repeats"] != 0:
+                inputs = self.task.inputs()
+                peaks = bounds.peaks(self.arguments["device"], self.model.dtype)
+                row |= {"peak_flops": peaks.flops, "peak_bandwidth": peaks.bandwidth}
+                row |= _costs(subject.cost(inputs))
+                row |= {"cells": 1.0, "flops_ratio": 1.0, "bytes_ratio": 1.0, "decision_share": 0.0, "phase": "prefill"}
+                row |= {"flop_bound": 1.0, "byte_bound": 1.0, "roofline": 1.0, "bound": 1.0, "efficiency": 1.0}
+                row["peak_memory_mb"] = subject.memory(inputs) / 1e6
+                self._speed(row, subject, inputs)
+
+    def _budget(self, spec: str, method: Method, keep: float) -> None:
+        """One method at one budget: its controls, then itself."""
+        mine = {"spec": spec, "keep": keep, "axis": method.card.axis}
+        if self.store.find(spec=spec, keep=keep, control=None):
+            return
+        name = f"{method.name} at {keep:g}"
+        with self.row(spec, **mine, method=method.name, fields=method.fields(), seed=self.arguments["seed"]) as row:
+            self.bar.say(f"{name}: preparing")
+            method = self.ready(spec, method).at(keep, self.loaded.view.shape)
+            row["fields"] = method.fields()
+            plan = self._plan(method)
+            for place, (kind, seed) in enumerate(plan):
+                self.bar.say(f"{name}: {kind} control", place, len(plan) + 2)
+                if not self.store.find(spec=spec, keep=keep, control=kind, seed=seed):
+                    self._control({**mine, "control": kind, "of": method.name, "seed": seed}, method)
+            row["seconds"] = time.perf_counter()  # the controls have rows of their own
+            self.bar.say(f"{name}: quality", len(plan), len(plan) + 2)
+            subject = self.subject(method)
+            self._quality(row, subject)
+            row["beats_control"] = self._beats(row)
+            self.bar.say(f"{name}: speed", len(plan) + 1, len(plan) + 2)
+            if self.arguments["repeats"] != 0:
+                self._measure(row, method, subject)
+
+    def _plan(self, method: Method) -> list[tuple[str, int]]:
+        """Kind and seed of the controls of a method."""
+        first = self.arguments["seed"]
+        seeds = {"random": self.arguments["control_seeds"], "oracle": int(self.task.truth)}
+        plan = [(kind, first + i) for kind in method.card.controls for i in range(seeds.get(kind, 1))]
+        plan += [("downsample", first)] * (method.card.visual and self.task.downsampled(1.0) is not None)
+        return plan if self.arguments["controls"] else []
+
+    def _control(self, known: Row, method: Method) -> None:
+        """The row of one control."""
+        kind, keep = known["control"], known["keep"]
+        with self.row(f"{known['spec']}, {kind} control", **known, method=kind) as row:
+            if kind != "downsample":
+                control = method.control(kind, self.loaded.view.shape, known["seed"])
+                row |= {"method": control.name, "fields": control.fields()}
+                self._quality(row, self.subject(control))
+                return
+            # the dense model on smaller pictures: one number for all methods at this budget
+            same = self.store.find(control="downsample", keep=keep, status="ok")
+            if same:
+                row |= {key: same[key] for key in ("quality", "quality_dense", "quality_loss_pct", "details")}
+                return
+            task = self.task.downsampled(keep)
+            if task is None:
+                raise BudgetError(f"keep = {keep:g}: is less than one visual token")
+            self._quality(row, Subject(self.model), task)
+
+    def _quality(self, row: Row, subject: Subject, task: Task | None = None) -> None:
         task, limit = task or self.task, self.arguments["limit"]
         with subject.running(trace=True) as run:
             quality = task.evaluate(subject.model, run, limit, self.bar.part)
-            row["cells"] = self._cells(run, subject)
+            row["cells"] = self._cells(run, subject, row)
         if not math.isfinite(quality):
             raise ArithmeticError(f"{task.metric} is {quality}")
         dense = quality if row["method"] == "dense" else self.store.find(method="dense")["quality"]  # type: ignore[index]
         row |= {"quality": quality, "quality_dense": dense, "quality_loss_pct": task.loss(quality, dense)}
         row["details"] = task.details(quality, limit)
 
-    def _cells(self, run: Run | None, subject: _Subject) -> float | None:
-        """Share of the cells that ran: parameters of the layers that are left, or what the evaluation ran.
+    def _cells(self, run: Run | None, subject: Subject, row: Row) -> float | None:
+        """Share of the cells that ran: parameters of the layers or experts that are left, or what the evaluation ran.
 
         For a method that acts in decoding it is what a real decode step runs.
         """
+        if row["axis"] == "experts" and subject.model is not self.model:
+            return _experts(subject.model) / _experts(self.model)
         if subject.model is not self.model:
             return _block_parameters(subject.model) / _block_parameters(self.model)
-        if run is None or subject.method is None or subject.method.card.axis not in ("tokens", "depth"):
+        if run is None or subject.method is None or subject.method.card.axis not in ("tokens", "depth", "experts"):
             return None
         card = subject.method.card
         if card.phase != "decode":
@@ -512,18 +602,21 @@ class _Comparison:
         return run.trace.share(card.axis, "decode")
 
     def _beats(self, row: Row) -> bool | None:
-        rivals: dict[str, list[float]] = {"random": [], "uniform": []}
+        """Better than random by more than its spread over seeds, and not worse than any other control but oracles."""
+        rivals: dict[str, list[float]] = {"random": [], "others": []}
         for other in self.store.rows:
             if (other["spec"], other["keep"]) == (row["spec"], row["keep"]) and other["status"] == "ok":
-                rivals.get(other["control"], []).append(other["quality"])
+                kind = other["control"]
+                if kind not in (None, "oracle", "downsample"):
+                    rivals[kind if kind == "random" else "others"].append(other["quality"])
         if not rivals["random"]:
             return None
         sign = 1 if self.task.higher_is_better else -1
         spread = statistics.stdev(rivals["random"]) if len(rivals["random"]) > 1 else 0.0
         better = sign * (row["quality"] - statistics.fmean(rivals["random"])) > spread
-        return better and all(sign * (row["quality"] - uniform) >= 0 for uniform in rivals["uniform"])
+        return better and all(sign * (row["quality"] - other) >= 0 for other in rivals["others"])
 
-    def _measure(self, row: Row, method: Method, subject: _Subject) -> None:
+    def _measure(self, row: Row, method: Method, subject: Subject) -> None:
         """Speed, cost, bounds, memory and, for cut models, size."""
         inputs, dense = self.task.inputs(), self.store.find(method="dense")
         assert dense is not None
@@ -550,8 +643,8 @@ class _Comparison:
         if method.card.kind == "surgery":
             row |= {"size_mb": self._size(subject.model), "size_dense_mb": self._size(self.model)}
 
-    def _speed(self, row: Row, subject: _Subject, inputs: tasks.Batch) -> dict[str, Ratio]:
-        reference = _Subject(self.model)
+    def _speed(self, row: Row, subject: Subject, inputs: tasks.Batch) -> dict[str, Ratio]:
+        reference = Subject(self.model)
         speed = timing.time_stages(
             lambda: reference.generation(inputs), lambda: subject.generation(inputs), repeats=self.arguments["repeats"]
         )
@@ -567,29 +660,11 @@ class _Comparison:
             save_pretrained(model, folder)
             return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / 1e6
 
-    @contextmanager
-    def _row(self, what: str, **known: Any) -> Iterator[Row]:
-        """A row to fill; it is kept in any case, with what went wrong if something did."""
-        row = BLANK | {"seconds": time.perf_counter()} | known
-        row |= {key: self.arguments[key] for key in ("model", "task", "limit", "device", "dtype", "versions")}
-        row["metric"] = self.task.metric
-        try:
-            yield row
-        except BudgetError as problem:
-            row |= {"status": "unreachable", "note": str(problem)}
-        except Exception as problem:  # a method's failure is a result; the run goes on
-            if row["method"] == "dense":
-                raise Error(f"model = {self.loaded.name!r}: fails on {self.task.name} as it is: {problem}") from problem
-            row |= {"status": "failed", "note": f"{type(problem).__name__}: {problem}".splitlines()[0]}
-            self.store.log(f"{what}, keep {row['keep']}")
-        row["seconds"] = time.perf_counter() - row["seconds"]
-        row |= self.store.add(row)
-
 
 # -------------------------------------------------------------------------------------------------------------- parts
 
 
-def _asked(methods: Sequence[str | Path | Method], fitted: Mapping[str, str | Path | Method]) -> dict[str, Method]:
+def named(methods: Sequence[str | Path | Method], fitted: Mapping[str, str | Path | Method]) -> dict[str, Method]:
     """The methods by a name that tells them apart."""
     found: dict[str, Method] = {}
     for item in methods:
@@ -607,7 +682,7 @@ def _asked(methods: Sequence[str | Path | Method], fitted: Mapping[str, str | Pa
     return found
 
 
-def _fits(spec: str, method: Method, loaded: Loaded, task: Task) -> None:
+def fits(spec: str, method: Method, loaded: Loaded, task: Task) -> None:
     """Refuses what cannot work, before any work."""
     if method.card.visual and not loaded.sees:
         raise Error(
@@ -617,6 +692,10 @@ def _fits(spec: str, method: Method, loaded: Loaded, task: Task) -> None:
         raise Error(
             f"method = {spec!r}: works on visual tokens, and task {task.name} has no images; use find-digit or vqa:FILE"
         )
+    if method.card.axis == "experts" and not loaded.view.shape.experts:
+        raise Error(f"method = {spec!r}: works on experts, and {loaded.name} has none; use a mixture of experts")
+    if method.state:
+        method.check_model(loaded.model)
     if not method.ready and not task.calibrates:
         raise Error(
             f"method = {spec!r}: has to be fitted on other data; name the folder of a fitted one, or write the task as "
@@ -624,7 +703,7 @@ def _fits(spec: str, method: Method, loaded: Loaded, task: Task) -> None:
         )
 
 
-def _digest(method: Method) -> str:
+def digest(method: Method) -> str:
     """A number for what a method has learned."""
     learned = hashlib.sha256()
     for name, tensor in sorted(method.state.items()):
@@ -632,7 +711,7 @@ def _digest(method: Method) -> str:
     return learned.hexdigest()[:16]
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "sparing")},
@@ -647,9 +726,11 @@ def _cost(row: Row, phase: str) -> Cost:
     return Cost(row[f"{phase}_flops"], row[f"{phase}_bytes"])
 
 
-def _block_parameters(model: nn.Module) -> int:
-    from sparing.engine.view import View
+def _experts(model: nn.Module) -> int:
+    return sum(layer.experts.count for layer in View(model).layers if layer.experts is not None)
 
+
+def _block_parameters(model: nn.Module) -> int:
     return sum(weight.numel() for weight in View(model).stack.parameters())
 
 
@@ -658,7 +739,7 @@ def _slug(spec: str) -> str:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
@@ -668,7 +749,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars of transformers between ours."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -679,12 +760,12 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-class _Bar:
+class Bar:
     """Progress over methods and budgets, with what goes on inside one of them."""
 
-    def __init__(self, progress: Progress, total: int) -> None:
+    def __init__(self, progress: Progress, total: int, first: str) -> None:
         self._progress, self._done, self._stretch = progress, 0, (0.0, 0.0)
-        self._task = progress.add_task("dense", total=total)
+        self._task = progress.add_task(first, total=total)
 
     def say(self, what: str, place: int = 0, places: int = 0) -> None:
         """What is going on: step `place` of `places` of this budget."""
@@ -705,7 +786,8 @@ class _Bar:
 
 
 @contextmanager
-def _bar(shown: bool, total: int) -> Iterator[_Bar]:
+def bar_of(shown: bool, total: int, first: str) -> Iterator[Bar]:
+    """A bar of `total` steps on standard error, `first` being what is said before anything else."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -715,4 +797,4 @@ def _bar(shown: bool, total: int) -> Iterator[_Bar]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as progress:
-        yield _Bar(progress, total)
+        yield Bar(progress, total, first)

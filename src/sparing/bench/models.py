@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 from sparing import lab
 from sparing.engine.checkpoint import from_pretrained
 from sparing.engine.view import View
+from sparing.grid.files import no_way_out
 from sparing.grid.method import Error
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -63,11 +65,14 @@ class Loaded:
         if self.source is None:
             raise Error(f"processor = None: a model object without a checkpoint needs its {what} as well")
         try:
-            return kind.from_pretrained(self.source)
-        except (OSError, ValueError, ImportError, KeyError) as problem:
-            raise Error(
-                f"model = {self.name!r}: has no {what} that can be loaded ({_first_line(problem)})"
-            ) from problem
+            if Path(self.source).is_dir():
+                no_way_out(Path(self.source))
+            return kind.from_pretrained(self.source, trust_remote_code=False)
+        except Exception as problem:  # what these files hold is a stranger's; tokenizers raise plain Exception
+            why = _told(problem)
+            if "custom code" in why:  # whose advice is to trust it
+                why = "it needs code of its own, and code in a checkpoint is never run"
+            raise Error(f"model = {self.name!r}: has no {what} that can be loaded ({why})") from problem
 
 
 def number_type(name: str | torch.dtype | None) -> torch.dtype | None:
@@ -85,7 +90,7 @@ def place(name: str | torch.device) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as problem:
-        raise Error(f"device = {str(name)!r}: cannot be used here ({_first_line(problem)})") from problem
+        raise Error(f"device = {str(name)!r}: cannot be used here ({_told(problem)})") from problem
     return device
 
 
@@ -111,20 +116,19 @@ def load_model(
     source = name
     if name.startswith("lab:"):
         source, kind = str(lab.folder(name.removeprefix("lab:"))), kind or torch.float32
-    elif Path(name).expanduser().exists() or name.startswith((".", "/", "~")):
-        folder = Path(name).expanduser()
-        if not (folder / "config.json").is_file():
+    elif os.path.lexists(folder := os.path.expanduser(name)) or name.startswith((".", "/", "~")):
+        if not os.path.lexists(os.path.join(folder, "config.json")):
             raise Error(f"model = {name!r}: no checkpoint there (config.json is missing)")
-        source = str(folder)
+        source = folder
     try:
         model = from_pretrained(source, dtype=kind or "auto")
     except Error:
         raise
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as problem:
-        raise Error(f"model = {name!r}: cannot be loaded ({_first_line(problem)})") from problem
+        raise Error(f"model = {name!r}: cannot be loaded ({_told(problem)})") from problem
     nn.Module.to(model, where)
     return Loaded(name, model.eval(), source, processor)
 
 
-def _first_line(problem: BaseException) -> str:
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
+def _told(problem: BaseException) -> str:
+    return " ".join(str(problem).split())[:300] or type(problem).__name__

@@ -8,7 +8,9 @@ state.
 from __future__ import annotations
 
 import io
+import math
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
@@ -32,7 +34,21 @@ if TYPE_CHECKING:
 
     from sparing.grid.trace import Trace
 
-from sparing.bench.summary import METRICS, PHASES, SPOKEN, Experiment, Line, Row, experiments, front, percent, titled
+from sparing.bench.summary import (
+    CONTROLS,
+    METRICS,
+    PHASES,
+    SPOKEN,
+    Breakeven,
+    Experiment,
+    Line,
+    Row,
+    breakevens,
+    experiments,
+    front,
+    percent,
+    titled,
+)
 from sparing.grid.method import Error
 
 INK, MUTED, RULE, CARD = "#1f2430", "#6a7180", "#dfe2e8", "#fefefe"
@@ -345,9 +361,11 @@ def _draw_control(ax: Axes, kind: str, known: Sequence[tuple[float, Any]]) -> No
         ax.plot(x, mean, color=colour, lw=1.4, ls=dashes, marker=marker, ms=4, mfc=CARD, zorder=2.5)
 
 
-_ORDER = ("random", "uniform", "downsample", "oracle")
+_ORDER = CONTROLS
 _CONTROL_LOOKS: dict[str, tuple[str, Any, str]] = {
     "uniform": (RANDOM, (0, (5, 2.5)), "s"),
+    "frequency": (RANDOM, (0, (5, 2.5)), "D"),
+    "gate": (RANDOM, (0, (3, 1.5, 1, 1.5)), "^"),
     "downsample": (RANDOM, (0, (1, 1.5)), "v"),
     "oracle": (ORACLE, (0, (1, 1.5)), "o"),
 }
@@ -468,6 +486,88 @@ def bounds(rows: Sequence[Row]) -> Figure | None:
             handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, labelcolor=MUTED, borderaxespad=0.2
         )
     return figure
+
+
+# --------------------------------------------------------------------------- sweeps
+
+FASTER, SLOWER = SERIES[0], SERIES[1]
+_STRONGEST = 0.6  # opacity of the strongest colour of a map, so that numbers stay readable on it
+
+
+def breakeven(rows: Sequence[Row]) -> Figure | None:
+    """Speed-up of a whole generation over context length and batch size, a panel for each method and budget.
+
+    Blue is faster than dense, orange slower, the stronger the further from 1. Hatched cells are undecided: the 20th to
+    80th percentile of their pairs lies around 1. The thick line parts the cells that pay from those that do not. None
+    where no sweep was measured.
+    """
+    found = breakevens(rows)
+    if not found:
+        return None
+    ratios = [row["total_speedup"] for m in found for row in m.cells.values() if row.get("total_speedup")]
+    widest = max([math.log(2), *(abs(math.log(ratio)) for ratio in ratios)])
+    budgets = len({row["keep"] for m in found for row in m.cells.values()})
+    across, up = max(len(m.contexts) for m in found), max(len(m.batches) for m in found)
+    width = min(max(0.8 * across + 0.9, 4.2), 6.4)
+    columns = min(max(1, int(13 / width)), budgets if budgets > 1 else len(found))
+    lines = -(-len(found) // columns)
+    with _style():
+        figure, axes = _figure(width * columns, (max(0.62 * up, 1.0) + 1.2) * lines + 0.55, lines, columns)
+        for ax in axes.flat[len(found) :]:
+            ax.set_visible(False)
+        for place, (ax, mine) in enumerate(zip(axes.flat, found)):
+            _breakeven_panel(ax, mine, widest, int(width * 14))
+            if place % columns == 0:
+                ax.set_ylabel("batch")
+            if place + columns >= len(found):
+                tokens = next(iter(mine.cells.values()))["tokens"]
+                ax.set_xlabel(f"context: tokens of a prompt, before {tokens} generated ones")
+        handles: list[Any] = [
+            Patch(fc=FASTER, alpha=_STRONGEST, lw=0, label="faster than dense"),
+            Patch(fc=SLOWER, alpha=_STRONGEST, lw=0, label="slower"),
+            Patch(fc="none", ec=MUTED, hatch="////", lw=0, label="undecided"),
+            Line2D([], [], color=INK, lw=3, label="break-even"),
+        ]
+        fits = max(2, int(figure.get_figwidth() / 1.9))
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(4, fits), labelcolor=MUTED)
+    return figure
+
+
+def _breakeven_panel(ax: Axes, mine: Breakeven, widest: float, letters: int) -> None:
+    contexts, batches = mine.contexts, mine.batches
+    states = {(x, y): mine.state(c, b) for x, c in enumerate(contexts) for y, b in enumerate(batches)}
+    for (x, y), state in states.items():
+        row = mine.cells.get((contexts[x], batches[y]), {})
+        if state is None:
+            ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fc=MUTED, alpha=0.16, lw=0))
+            ax.text(x, y, row.get("status", "–"), ha="center", va="center", fontsize=7.5, color=MUTED)
+            continue
+        ratio = row["total_speedup"]
+        strength = _STRONGEST * min(1.0, abs(math.log(ratio)) / widest) ** 0.7
+        ax.add_patch(
+            Rectangle((x - 0.5, y - 0.5), 1, 1, fc=FASTER if ratio > 1 else SLOWER, alpha=max(strength, 0.05), lw=0)
+        )
+        if state == "undecided":
+            ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fc="none", ec=MUTED, alpha=0.4, hatch="////", lw=0))
+        ax.text(x, y + 0.05, f"{ratio:.2f}×", ha="center", va="center", fontsize=9.5, fontweight="bold")
+        spread = f"{row['total_speedup_low']:.2f}–{row['total_speedup_high']:.2f}"
+        ax.text(x, y - 0.27, spread, ha="center", va="center", fontsize=6.5)
+    for (x, y), state in states.items():
+        for dx, dy, ends in ((1, 0, ((0.5, 0.5), (-0.5, 0.5))), (0, 1, ((-0.5, 0.5), (0.5, 0.5)))):
+            beside = states.get((x + dx, y + dy))
+            if state and beside and (state == "pays") != (beside == "pays"):
+                ax.plot(
+                    [x + end for end in ends[0]], [y + end for end in ends[1]], color=INK, lw=3, solid_capstyle="round"
+                )
+    ax.set_xlim(-0.5, len(contexts) - 0.5)
+    ax.set_ylim(-0.5, len(batches) - 0.5)
+    ax.set_xticks(range(len(contexts)), [f"{context:,}" for context in contexts])
+    ax.set_yticks(range(len(batches)), [str(batch) for batch in batches])
+    ax.grid(visible=False)
+    ax.spines[:].set_visible(False)
+    told = textwrap.wrap(mine.sentence, letters)
+    ax.set_title(mine.label, pad=9 + 11 * len(told))
+    ax.annotate("\n".join(told), (0, 1), (0, 6), "axes fraction", "offset points", fontsize=8, color=MUTED, va="bottom")
 
 
 # --------------------------------------------------------------------------- what ran

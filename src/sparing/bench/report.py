@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -22,10 +22,13 @@ from sparing.bench.summary import (
     AXES,
     METRICS,
     SPOKEN,
+    Breakeven,
     Experiment,
     Line,
     Row,
+    breakevens,
     experiments,
+    is_swept,
     percent,
     placed,
     quality,
@@ -70,6 +73,8 @@ _COLUMNS: tuple[tuple[str, str, Any], ...] = (
     ("loss %", "of quality, against dense", lambda e, x: _number(x.row.get("quality_loss_pct"))),
     ("random", "loss % of random choice, mean ± standard deviation over seeds", lambda e, x: _controlled(x, "random")),
     ("uniform", "loss % of evenly spaced choice", lambda e, x: _controlled(x, "uniform")),
+    ("freq.", "loss % when the experts visited most stay", lambda e, x: _controlled(x, "frequency")),
+    ("gate", "loss % when the experts with the largest gates stay", lambda e, x: _controlled(x, "gate")),
     ("down-s.", "loss % of images made smaller", lambda e, x: _controlled(x, "downsample")),
     ("oracle", "loss % when the right choice is known", lambda e, x: _controlled(x, "oracle")),
     ("prefill", "measured speed-up: median [20th–80th percentile]", lambda e, x: _speed(x.row, "prefill_speedup")),
@@ -96,7 +101,7 @@ def _shown(experiment: Experiment, among: Iterable[str] | None = None) -> list[t
 
 
 def _metric(experiment: Experiment) -> str:
-    return f"{METRICS.get(experiment.metric, experiment.metric)}, {summary.direction(experiment.metric)}"
+    return f"{METRICS.get(experiment.metric, experiment.metric)}, {summary.direction(experiment)}"
 
 
 def _dense_cell(experiment: Experiment, head: str) -> str:
@@ -122,9 +127,12 @@ def _dense_cell(experiment: Experiment, head: str) -> str:
 def terminal(rows: Iterable[Row]) -> RenderableType:
     """The table for the terminal: dense first, then one line a method and budget, with the verdict in words.
 
-    A narrow terminal gets fewer columns, never a table without names or verdicts.
+    A narrow terminal gets fewer columns, never a table without names or verdicts. Rows of a sweep become a table of
+    their own, with one sentence a method.
     """
-    return _Fitting(experiments(rows))
+    rows = list(rows)
+    maps = breakevens(rows)
+    return Group(_Fitting(experiments(rows)), *([_Swept(maps)] if maps else []))
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,7 @@ class _Fitting:
             )
             yield Text()
         if any(line.controls for experiment in self.found for line in experiment.lines):
-            yield Text("random, uniform, down-s., oracle: what a control of the same budget loses, in %.", style="dim")
+            yield Text("random, uniform, …, oracle: what a control of the same budget loses, in %.", style="dim")
 
 
 _ALL = (
@@ -151,6 +159,8 @@ _ALL = (
     "loss %",
     "random",
     "uniform",
+    "freq.",
+    "gate",
     "down-s.",
     "oracle",
     "prefill",
@@ -158,7 +168,7 @@ _ALL = (
     "bound",
     "efficiency",
 )
-_SOME = ("keep", "quality", "loss %", "random", "uniform", "prefill", "decode", "efficiency")
+_SOME = ("keep", "quality", "loss %", "random", "uniform", "freq.", "prefill", "decode", "efficiency")
 _FEW = ("keep", "loss %", "random", "prefill", "decode")
 _DETAIL = (
     (_ALL, True),
@@ -217,6 +227,97 @@ def _terminal_table(experiment: Experiment, heads: Sequence[str], spread: bool, 
     return table
 
 
+# --------------------------------------------------------------------------- sweeps
+
+_STATES = {"pays": "good", "loses": "bad", "undecided": "quiet"}
+
+
+def _swept_cells(row: Row) -> dict[str, str]:
+    """One line of the table of a sweep, by heading."""
+    used = row.get("length")
+    return {
+        "context": f"{row['context']:,}" + (f" ({used:,})" if used not in (None, row["context"]) else ""),
+        "batch": str(row["batch"]),
+        "prefill": _speed(row, "prefill_speedup"),
+        "decode": _speed(row, "decode_speedup"),
+        "total": _speed(row, "total_speedup"),
+        "FLOP bound": _number(row.get("total_bound"), "{:.2f}×"),
+        "dense ms": _number(row.get("dense_total_ms"), "{:,.0f}"),
+        "method ms": _number(row.get("total_ms"), "{:,.0f}"),
+        "verdict": summary.verdict_of(row) or str(row["status"]),
+    }
+
+
+def _swept_lines(mine: Breakeven) -> list[dict[str, str]]:
+    return [
+        _swept_cells(mine.cells[at])
+        for at in ((context, batch) for batch in mine.batches for context in mine.contexts)
+        if at in mine.cells
+    ]
+
+
+def _swept_words(rows: Iterable[Row]) -> str:
+    """What the columns of a sweep's table mean."""
+    tokens = ", ".join(dict.fromkeys(str(row["tokens"]) for row in rows if is_swept(row)))
+    return (
+        f"total: prefill and {tokens} output tokens. Speed-ups are medians of paired runs [20th–80th percentile]; a "
+        "cell pays where even the 20th is above 1. FLOP bound: the total if the time of either phase shrank as its "
+        "FLOPs do. In brackets after the context: tokens really used, where whole images do not fill it."
+    )
+
+
+def breakeven(rows: Iterable[Row]) -> str:
+    """The rows of sweeps as Markdown: a sentence for each method and budget, then the table."""
+    rows = [row for row in rows if is_swept(row)]
+    found = breakevens(rows)
+    if not found:
+        raise Error("rows: there is no sweep among them")
+    lines = ["# Where does it start to pay?", ""]
+    lines += [f"- **{mine.label}**: {mine.sentence}." for mine in found]
+    heads = list(_swept_cells(rows[0]))
+    lines += ["", f"| method | {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1) + "---|"]
+    for mine in found:
+        lines += [f"| {mine.label} | {' | '.join(cells.values())} |" for cells in _swept_lines(mine)]
+    notes = dict.fromkeys(
+        f"{mine.label}: {row['note']}" for mine in found for row in mine.cells.values() if row["note"]
+    )
+    return "\n".join([*lines, "", _swept_words(rows), *(f"\n{note}." for note in notes)]) + "\n"
+
+
+@dataclass(frozen=True)
+class _Swept:
+    """The table of sweeps, without the spread where the terminal is narrow, and the sentences."""
+
+    found: list[Breakeven]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        heads = list(_swept_cells(next(iter(self.found[0].cells.values()))))
+        wide = options.max_width >= 130
+        shown = heads if wide else [head for head in heads if head not in ("FLOP bound", "dense ms", "method ms")]
+        table = Table(
+            title=Text("Where does it start to pay?", style="bold"),
+            title_justify="left",
+            header_style="bold",
+            pad_edge=False,
+            padding=(0, 2, 0, 0),
+            box=None,
+        )
+        table.add_column("method", overflow="fold")
+        for head in shown:
+            table.add_column(head, justify="left" if head == "verdict" else "right", no_wrap=True)
+        for mine in self.found:
+            for place, cells in enumerate(_swept_lines(mine)):
+                texts = [Text(cells[head] if wide else cells[head].partition(" [")[0]) for head in shown[:-1]]
+                word = cells["verdict"]
+                tone = _TONES[_STATES.get(word, "bad")]
+                table.add_row(Text("" if place else mine.label, style="bold"), *texts, Text(word, style=tone))
+        yield table
+        yield Text()
+        for mine in self.found:
+            yield Text.assemble((mine.label, "bold"), f": {mine.sentence}.")
+        yield Text()
+
+
 # --------------------------------------------------------------------------- html
 
 
@@ -250,13 +351,13 @@ def write(
     pictures: Mapping[str, Figure] | None = None,
     machines: Sequence[str] = (),
 ) -> Path:
-    """Writes `report.html` and the pictures, as PNG and SVG, into `out`.
+    """Writes `report.html` and the pictures, as PNG and SVG, into `out`; of a sweep also the table, `breakeven.md`.
 
     Pictures of what ran that an earlier call left in `out` are shown again, so a resumed comparison need not draw them
     twice.
 
     Args:
-        rows: of one or several comparisons.
+        rows: of one or several comparisons, and of their sweeps.
         out: folder, made if it is missing.
         pictures: figures of what ran: by the names of `shots`.
         machines: where the rows were measured, see `machine`.
@@ -269,15 +370,16 @@ def write(
     rows = list(rows)
     if not rows:
         raise Error("rows: there is nothing to report yet")
-    drawn = {"pareto": draw.pareto(rows), "controls": draw.controls(rows), "bounds": draw.bounds(rows)} | dict(
-        pictures or {}
-    )
+    drawn = {"pareto": draw.pareto(rows), "controls": draw.controls(rows), "bounds": draw.bounds(rows)}
+    drawn |= {"breakeven": draw.breakeven(rows)} | dict(pictures or {})
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, figure in drawn.items():
             if figure is not None:
                 (out / f"{slug(name)}.png").write_bytes(draw.png(figure))
                 (out / f"{slug(name)}.svg").write_text(draw.svg(figure), encoding="utf-8")
+        if any(map(is_swept, rows)):
+            (out / "breakeven.md").write_text(breakeven(rows), encoding="utf-8")
         path = out / FILE
         path.write_text(html(rows, _gallery(rows, out, drawn), machines), encoding="utf-8")
     except OSError as problem:
@@ -309,13 +411,17 @@ def shots(found: Sequence[Experiment]) -> list[Shot]:
 
 
 def gather(runs: Sequence[tuple[Path, Sequence[Row]]], out: Path) -> list[Row]:
-    """The rows of several comparisons, their pictures of what ran copied to `out` under the names of one report.
+    """The rows of several comparisons and of their sweeps; pictures of what ran are copied to `out` under the names of
+    one report.
 
     Args:
         runs: folder and rows of each.
         out: folder, made if it is missing.
     """
+    from sparing.bench.sweep import read_sweep
+
     rows = [row for _, mine in runs for row in mine]
+    rows += [row for folder, _ in runs for row in read_sweep(folder)]
     names = {shot.key: shot.name for shot in shots(experiments(rows))}
     out.mkdir(parents=True, exist_ok=True)
     for folder, mine in runs:
@@ -358,6 +464,13 @@ def html(rows: Sequence[Row], gallery: Mapping[str, str], machines: Sequence[str
         ],
         findings=[(e.name if len(found) > 1 else "", *pair) for e in found for pair in summary.findings(e)],
         tables=[_table(e) for e in found],
+        swept=[
+            (mine.label, mine.sentence, [list(cells.values()) for cells in _swept_lines(mine)])
+            for mine in breakevens(rows)
+        ],
+        swept_heads=next((list(_swept_cells(row)) for row in rows if is_swept(row)), []),
+        swept_words=_swept_words(rows),
+        swept_tones=_STATES,
         figures={name: Markup(_unique(svg, name)) for name, svg in gallery.items()},
         maps=[shot for shot in there if shot.kind == "map"],
         kept=[shot for shot in there if shot.kind == "kept"],
@@ -405,7 +518,10 @@ def _table(experiment: Experiment) -> dict[str, Any]:
         "model": experiment.name,
         "task": experiment.task,
         "metric": _metric(experiment),
-        "heads": [(head, meaning, head in SPOKEN.values() or head == "down-s.") for head, meaning, _ in columns],
+        "heads": [
+            (head, meaning, head in SPOKEN.values() or head in ("down-s.", "freq.", "gate"))
+            for head, meaning, _ in columns
+        ],
         "lines": lines,
     }
 

@@ -10,9 +10,20 @@ from typing import Any
 
 Row = Mapping[str, Any]
 
-CONTROLS = ("random", "uniform", "downsample", "oracle")  #: in the order in which they are shown
-RIVALS = ("random", "uniform", "downsample")  #: controls that a method has to beat; the oracle knows the answer
-AXES = {"tokens": "visual tokens", "depth": "layers", "width": "parameters of the layers"}  #: what `keep` is a share of
+CONTROLS = ("random", "uniform", "frequency", "gate", "downsample", "oracle")  #: in the order in which they are shown
+RIVALS = (
+    "random",
+    "uniform",
+    "frequency",
+    "gate",
+    "downsample",
+)  #: controls that a method has to beat; the oracle knows the answer
+AXES = {
+    "tokens": "visual tokens",
+    "depth": "layers",
+    "width": "parameters of the layers",
+    "experts": "experts",
+}  #: what `keep` is a share of
 
 
 @dataclass(frozen=True)
@@ -80,8 +91,8 @@ class Line:
         beats, rivals, random = self.row.get("beats_control"), self.rivals, self.control("random")
         ahead = [k for k in rivals if k != "random" or (random and self.row["quality_loss_pct"] > random.mean)]
         if beats is True:
-            others = [kind for kind in ("random", "uniform") if self.control(kind) is not None]
-            parts, tone = [f"beats {_listed(others or ['its control'])}"], "good"
+            others = [kind for kind in ("random", "uniform", "frequency", "gate") if self.control(kind) is not None]
+            parts, tone = [f"beats {_listed([SPOKEN[kind] for kind in others] or ['its control'])}"], "good"
             ahead = [kind for kind in ahead if kind == "downsample"]
         elif beats is False:
             parts, tone = ["no better than random"] if "random" in rivals and "random" not in ahead else [], "bad"
@@ -94,7 +105,14 @@ class Line:
         return ", ".join(parts) or "no control", tone
 
 
-SPOKEN = {"random": "random", "uniform": "uniform", "downsample": "down-sampling", "oracle": "oracle"}
+SPOKEN = {
+    "random": "random",
+    "uniform": "uniform",
+    "frequency": "frequency",
+    "gate": "summed gate",
+    "downsample": "down-sampling",
+    "oracle": "oracle",
+}
 
 
 @dataclass(frozen=True)
@@ -109,8 +127,7 @@ class Experiment:
     @property
     def name(self) -> str:
         """The model, a folder by its last part."""
-        folder = self.model.startswith((".", "/", "~")) or self.model.count("/") > 1
-        return self.model.rstrip("/").rpartition("/")[2] if folder else self.model
+        return _short(self.model)
 
     @property
     def rows(self) -> list[Row]:
@@ -135,10 +152,20 @@ class Experiment:
         return str(next((row["metric"] for row in self.rows if row.get("metric")), "quality"))
 
 
+def _short(model: str) -> str:
+    folder = model.startswith((".", "/", "~")) or model.count("/") > 1
+    return model.rstrip("/").rpartition("/")[2] if folder else model
+
+
 def experiments(rows: Iterable[Row]) -> list[Experiment]:
-    """Rows sorted into one `Experiment` for each model and task, in order of appearance; budgets descend."""
+    """Rows sorted into one `Experiment` for each model and task, in order of appearance; budgets descend.
+
+    Rows of sweeps are passed over; they are the business of `breakevens`.
+    """
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
+        if is_swept(row):
+            continue
         groups.setdefault((str(row.get("model", "")), str(row.get("task", ""))), []).append(row)
     return [_experiment(model, task, group) for (model, task), group in groups.items()]
 
@@ -172,6 +199,111 @@ def _variant(row: Row) -> str:
     """A label for a method that ran with several settings: as it was asked for, a folder by its name."""
     name, spec = str(row["method"]), _spec(row)
     return spec if spec.startswith(name) else f"{name} ({spec.rstrip('/').rpartition('/')[2]})"
+
+
+# --------------------------------------------------------------------------- sweeps
+
+
+def is_swept(row: Row) -> bool:
+    """Whether a row is one of a sweep: a method at one context length and batch size."""
+    return "context" in row
+
+
+@dataclass(frozen=True)
+class Breakeven:
+    """Where one method at one budget makes a generation faster than dense, over context lengths and batch sizes.
+
+    Attributes:
+        label: method and budget, and what it ran on where there are several.
+        cells: rows by (context, batch).
+    """
+
+    label: str
+    cells: Mapping[tuple[int, int], Row]
+
+    @property
+    def contexts(self) -> list[int]:
+        return sorted({context for context, _ in self.cells})
+
+    @property
+    def batches(self) -> list[int]:
+        return sorted({batch for _, batch in self.cells})
+
+    def state(self, context: int, batch: int) -> str | None:
+        """pays | loses | undecided: whether the 20th to the 80th percentile of the ratios lies above 1, below 1, or
+        around it; None where nothing was measured."""
+        return verdict_of(self.cells.get((context, batch)))
+
+    @property
+    def sentence(self) -> str:
+        """Where it pays, in words, over the contexts and batches that were measured."""
+        states = {at: state for at, row in self.cells.items() if (state := verdict_of(row))}
+        if not states:
+            row = next(iter(self.cells.values()))
+            return f"{row['status']}: {row['note']}" if row.get("note") else str(row["status"])
+        where: dict[str, list[str]] = {}
+        for batch in self.batches:
+            mine = [context for context in self.contexts if (context, batch) in states]
+            if mine:
+                paying = [context for context in mine if states[context, batch] == "pays"]
+                where.setdefault(_where(mine, paying), []).append(str(batch))
+        told = sorted(where, key=lambda words: words == "never")
+        if len(told) == 1 and told[0] in ("always", "never"):
+            said = f"{told[0]} pays"
+        else:
+            parts = [f"{words} at batch {_listed(where[words])}" for words in told]
+            parts[0] = parts[0].replace("always", "always pays") if told[0] == "always" else f"pays {parts[0]}"
+            said = ", ".join(parts)
+        unsure, missing = list(states.values()).count("undecided"), len(self.cells) - len(states)
+        said += f"; undecided in {unsure} of {len(states)} cells" if unsure else ""
+        return said + (f"; not measured in {missing} of {len(self.cells)} cells" if missing else "")
+
+
+def verdict_of(row: Row | None) -> str | None:
+    """pays | loses | undecided, for one row of a sweep; None where nothing was measured."""
+    if row is None or row.get("status", "ok") != "ok" or row.get("total_speedup") is None:
+        return None
+    return "pays" if row["total_speedup_low"] > 1 else "loses" if row["total_speedup_high"] < 1 else "undecided"
+
+
+def _where(contexts: Sequence[int], paying: Sequence[int]) -> str:
+    """Which of these contexts pay, in words.
+
+    >>> _where([1, 2, 3], [2, 3]), _where([1, 2, 3], [1]), _where([1, 2, 3], [2]), _where([1, 2], [])
+    ('from context 2', 'up to context 1', 'at context 2 alone', 'never')
+    """
+    if not paying:
+        return "never"
+    if len(paying) == len(contexts):
+        return "always"
+    if list(contexts[-len(paying) :]) == list(paying):
+        return f"from context {paying[0]:,}"
+    if list(contexts[: len(paying)]) == list(paying):
+        return f"up to context {paying[-1]:,}"
+    return f"at context {_listed([f'{context:,}' for context in paying])} alone"
+
+
+def breakevens(rows: Iterable[Row]) -> list[Breakeven]:
+    """The rows of sweeps as one map for each method and budget, in order of appearance."""
+    rows = [row for row in rows if is_swept(row)]
+    groups: dict[tuple[str, str, str, float], dict[tuple[int, int], Row]] = {}
+    specs: dict[tuple[str, str, str], set[str]] = {}
+    for row in rows:
+        place = str(row["model"]), str(row["task"])
+        groups.setdefault((*place, _spec(row), row["keep"]), {})[row["context"], row["batch"]] = row
+        specs.setdefault((*place, row["method"]), set()).add(_spec(row))
+    places = dict.fromkeys((model, task) for model, task, _, _ in groups)
+    found = []
+    for (model, task, _, keep), cells in groups.items():
+        first = next(iter(cells.values()))
+        name = first["method"] if len(specs[model, task, first["method"]]) == 1 else _variant(first)
+        on = f" · {_short(model)}" if len(places) > 1 else ""
+        on += f" · {task}" if len([m for m, _ in places if m == model]) > 1 else ""
+        found.append(Breakeven(f"{name} at {percent(keep)}{on}", cells))
+    return found
+
+
+# --------------------------------------------------------------------------- words
 
 
 def titled(found: Sequence[Experiment], experiment: Experiment, label: str) -> str:
@@ -334,5 +466,8 @@ def quality(value: float | None, metric: str) -> str:
     return f"{100 * value:.1f} %" if metric == "accuracy" else f"{value:.3f}"
 
 
-def direction(metric: str) -> str:
-    return "higher is better" if metric == "accuracy" else "lower is better"
+def direction(experiment: Experiment) -> str:
+    """Which way is up; runs of older versions had accuracy and bits per byte only."""
+    known = [row["higher_is_better"] for row in experiment.rows if row.get("higher_is_better") is not None]
+    higher = known[0] if known else experiment.metric == "accuracy"
+    return "higher is better" if higher else "lower is better"

@@ -27,12 +27,16 @@ from torch import Tensor, nn
 
 from sparing.bench.models import Loaded
 from sparing.bench.timing import takes
+from sparing.grid.files import short
 from sparing.grid.method import Error
 
 Batch = dict[str, Any]
 Progress = Callable[[int, int], None]  #: called with (done, all), in the task's own units
 
-TASKS = "ppl | ppl:FILE | find-digit | vqa:FILE.jsonl, with ,calibration=FILE where a file is given"
+TASKS = (
+    "ppl | code | prose | ppl:FILE | find-digit | vqa:FILE.jsonl | lm-eval:NAME | lm-eval:FILE.yaml, with "
+    ",calibration=FILE behind a file or NAME"
+)
 
 
 class Run(Protocol):
@@ -47,7 +51,7 @@ class Task:
 
     Attributes:
         name: as on the command line.
-        metric: what `evaluate` returns: "accuracy" (0..1) or "bits_per_byte".
+        metric: what `evaluate` returns: "accuracy" (0..1), "bits_per_byte", or what lm-eval calls it.
         higher_is_better: whether more of it is better.
         visual: whether its inputs hold images.
         calibrates: whether it has data to fit on.
@@ -55,8 +59,8 @@ class Task:
     """
 
     name: str
-    metric: ClassVar[str]
-    higher_is_better: ClassVar[bool]
+    metric: str
+    higher_is_better: bool
     visual: ClassVar[bool] = False
     calibrates: bool = True
     truth: bool = False
@@ -77,6 +81,10 @@ class Task:
     def inputs(self) -> Batch:
         """A representative prompt batch, for timing."""
         raise NotImplementedError
+
+    def sized(self, context: int, batch: int) -> Batch:
+        """`batch` prompts of `context` tokens, or of as many below that as whole images allow, for timing."""
+        raise Error(f"task = {self.name!r}: makes no prompts of a given length (it has no sized), so nothing to sweep")
 
     def batches(self, n: int) -> Iterator[Batch]:
         """`n` batches to calibrate or train on, never evaluation data; `labels` are -100 where nothing is learned."""
@@ -102,11 +110,18 @@ def parse(spec: str | Task, loaded: Loaded) -> Task:
         return spec
     head, _, calibration = spec.partition(",calibration=")
     name, _, file = head.partition(":")
-    path = _file("task", file) if file else None
     aside = _file("calibration", calibration) if calibration else None
+    if name == "lm-eval" and file:
+        from sparing.bench.harness import Harness
+
+        return Harness(loaded, file, calibration=None if aside is None else _read(aside), name=spec)
+    path = _file("task", file) if file else None
     if name == "ppl":
         text, calibrating = (None if file is None else _read(file) for file in (path, aside))
         return Text(loaded, text, calibration=calibrating, name=spec)
+    if name in ("code", "prose") and not file:
+        calibrating = None if aside is None else _read(aside)
+        return Text(loaded, domain=name, calibration=calibrating, name=spec)
     if name == "find-digit" and not file:
         return FindDigit(loaded)
     if name == "vqa" and path:
@@ -149,6 +164,8 @@ class Text(Task):
         window: tokens; None takes 1024, or what the model can hold.
         stride: scored tokens a window; None takes half a window.
         calibration: text to fit on; None takes the training text of `lab:lm`, which is Python source.
+        domain: where no text is given: "files" (as they are), "code" (without docstrings and comments) or "prose"
+            (docstrings and comments alone), of the held-out and of the training modules.
         name: the task's name.
         batch: windows a forward pass.
     """
@@ -164,10 +181,11 @@ class Text(Task):
         window: int | None = None,
         stride: int | None = None,
         calibration: str | None = None,
+        domain: str = "files",
         name: str = "ppl",
         batch: int = 4,
     ) -> None:
-        self.name = name
+        self.name, self._domain = name, domain
         self._loaded, self._batch, self._calibration = loaded, batch, calibration
         tokenizer = loaded.tokenizer
         self._start = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []
@@ -179,9 +197,9 @@ class Text(Task):
                 f"stride = {stride}: must be at least 1 and less than the window, which is {window} and at most {most}"
             )
         if text is None:
-            from sparing.lab.text import heldout_text
+            from sparing.lab.text import heldout_domain
 
-            text = heldout_text()
+            text = heldout_domain(domain)
         self._ids, self._bytes = _encode(tokenizer, text)
         if len(self._ids) < 2:
             raise Error(f"task = {name!r}: the text has {len(self._ids)} tokens; at least 2 are needed")
@@ -212,16 +230,23 @@ class Text(Task):
             [span for span in self._spans(None) if span[0] >= self._context][: self._batch], scored=False
         )
 
+    def sized(self, context: int, batch: int) -> Batch:
+        """Rows that begin at places evenly spread over the text; a text that ends too soon begins again."""
+        least = len(self._start) + 1
+        if context < least:
+            raise Error(f"context = {context}: {self.name} needs at least {least} tokens a row")
+        total = len(self._ids)
+        begins = torch.arange(batch) * total // batch if batch <= total else torch.arange(batch)
+        rows = self._ids[(begins[:, None] + torch.arange(context - len(self._start))) % total]
+        ids = torch.cat([torch.tensor(self._start, dtype=torch.long).expand(batch, -1), rows], 1)
+        return {"input_ids": ids.to(self._loaded.model.device)}
+
     def batches(self, n: int) -> Iterator[Batch]:
         """Batches of 8 pieces of 512 tokens, evenly from the calibration text; see `text_batches`."""
         if self._calibration is None:
-            from sparing.lab.text import read, train_files
+            from sparing.lab.text import train_text
 
-            text = ""
-            for file in train_files():  # the standard library comes first
-                text += read(file)
-                if len(text) > 64_000 * n:  # enough for any usual tokenizer
-                    break
+            text = train_text(64_000 * n, self._domain)  # enough for any usual tokenizer
         else:
             text = self._calibration
         yield from text_batches(self._loaded, text, n)
@@ -341,6 +366,17 @@ class FindDigit(Task):
     def inputs(self) -> Batch:
         """Eight questions about held-out scenes."""
         return self._asked("test", 0, 8)[0]
+
+    def sized(self, context: int, batch: int) -> Batch:
+        """Whole pictures of different held-out scenes in every row, and one question at its end."""
+        each = self._grid**2
+        count = (context - 2) // each  # beside <bos> and the colour
+        if count < 1:
+            raise Error(f"context = {context}: one image and a question take {each + 2} tokens")
+        asked, _, _ = self._asked("test", 0, batch * count)
+        ids = asked["input_ids"][:batch]
+        ids = torch.cat([ids[:, :1], ids[:, 1:-1].repeat(1, count), ids[:, -1:]], 1)
+        return asked | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def batches(self, n: int) -> Iterator[Batch]:
         """`n` batches of 32 questions with their answers, about training scenes; only the answer is a label."""
@@ -470,6 +506,19 @@ class Vqa(Task):
         """The first questions of the file, four at most."""
         return self._prompts(self._items[: min(4, self._batch)])
 
+    def sized(self, context: int, batch: int) -> Batch:
+        """The image of a question over and over, then the question; rows of other questions where they are as long."""
+
+        def sizes(item: Question) -> tuple[int, ...]:
+            return tuple(self._prompts([item], images)["input_ids"].shape[1] for images in (1, 2))
+
+        one, two = sizes(self._items[0])
+        count = 1 + (context - one) // (two - one)
+        if count < 1:
+            raise Error(f"context = {context}: one image and the question take {one} tokens")
+        rows = [item for item in self._items[:batch] if sizes(item) == (one, two)]
+        return self._prompts([rows[i % len(rows)] for i in range(batch)], count)
+
     def batches(self, n: int) -> Iterator[Batch]:
         """One question of the calibration file a batch, over again where it is short; the answer is labelled."""
         if self._calibration is None:
@@ -524,10 +573,10 @@ class Vqa(Task):
     def _visual_tokens(self) -> int:
         return int((self._prompts(self._items[:1])["input_ids"] == self._loaded.view.image_token_id).sum())
 
-    def _prompts(self, items: list[Question]) -> Batch:
-        """Inputs of several questions, padded on the left."""
+    def _prompts(self, items: list[Question], images: int = 1) -> Batch:
+        """Inputs of several questions, padded on the left; their image as often as `images` says."""
         processor, fixed = self._processor, {}
-        pictures = [Image.open(path).convert("RGB") for path, _, _ in items]
+        pictures = [_opened(path) for path, _, _ in items]
         if self._shrink < 1 and self._side is not None:
             patch = self._loaded.model.config.vision_config.patch_size
             side = max(patch, int(self._side * self._shrink) // patch * patch)
@@ -537,7 +586,7 @@ class Vqa(Task):
                 p.resize([max(1, int(s * self._shrink)) for s in p.size], Image.Resampling.BICUBIC) for p in pictures
             ]
         if getattr(processor, "chat_template", None):
-            turns = ([{"type": "image"}, {"type": "text", "text": question}] for _, question, _ in items)
+            turns = ([{"type": "image"}] * images + [{"type": "text", "text": question}] for _, question, _ in items)
             texts = [
                 processor.apply_chat_template(
                     [{"role": "user", "content": turn}], add_generation_prompt=True, tokenize=False
@@ -545,10 +594,11 @@ class Vqa(Task):
                 for turn in turns
             ]
         else:
-            texts = [f"{getattr(processor, 'image_token', '<image>')}\n{question}" for _, question, _ in items]
+            image = getattr(processor, "image_token", "<image>")
+            texts = [image * images + f"\n{question}" for _, question, _ in items]
         processor.tokenizer.padding_side = "left"
-        padding = {"padding": True} if len(items) > 1 else {}
-        batch = processor(images=[[p] for p in pictures], text=texts, return_tensors="pt", **padding, **fixed)
+        padding = {"padding": True} if len(items) > 1 and processor.tokenizer.pad_token_id is not None else {}
+        batch = processor(images=[[p] * images for p in pictures], text=texts, return_tensors="pt", **padding, **fixed)
         model = self._loaded.model
         return {
             k: v.to(model.device, model.dtype) if v.is_floating_point() else v.to(model.device)
@@ -562,28 +612,49 @@ Question = tuple[Path, str, list[str]]
 def _questions(file: Path) -> list[Question]:
     """Image, question and accepted answers of every line; a broken line is named by its number."""
     found: list[Question] = []
-    for number, line in enumerate(_read(file).splitlines(), 1):
+    for number, line in enumerate(_read(file).split("\n"), 1):
         if not line.strip():
             continue
         where = f"task = {str(file)!r}: line {number}"
         try:
             item = json.loads(line)
-        except json.JSONDecodeError as problem:
+        except (ValueError, RecursionError) as problem:
             raise Error(f"{where}: not JSON: {problem}") from problem
         if not isinstance(item, Mapping) or not {"image", "question", "answer"} <= item.keys():
-            raise Error(f"{where}: an object with image, question and answer is needed")
-        path = file.parent / str(item["image"])
-        try:
-            Image.open(path).close()
-        except (OSError, UnidentifiedImageError) as problem:
-            raise Error(f"{where}: {item['image']} cannot be opened as an image") from problem
-        answer = item["answer"]
-        found.append(
-            (path, str(item["question"]), [str(a) for a in answer] if isinstance(answer, list) else [str(answer)])
-        )
+            lacks = [key for key in ("image", "question", "answer") if isinstance(item, Mapping) and key not in item]
+            without = f", it has no {' and no '.join(lacks)}" if lacks else ""
+            raise Error(f"{where}: an object with image, question and answer is needed{without}")
+        answers = item["answer"] if isinstance(item["answer"], list) else [item["answer"]]
+        for key, values in (("image", [item["image"]]), ("question", [item["question"]]), ("answer", answers)):
+            kinds = (str, int, float) if key == "answer" else (str,)
+            if not values or not all(isinstance(value, kinds) for value in values):
+                raise Error(
+                    f"{where}: {key} = {short(item[key])}: must be text" + " or a list of it" * (key == "answer")
+                )
+        found.append((_picture(file.parent, item["image"], where), item["question"], [str(a) for a in answers]))
     if not found:
         raise Error(f"task = {str(file)!r}: holds no questions")
     return found
+
+
+def _picture(folder: Path, name: str, where: str) -> Path:
+    """An image that can be opened. The file is the user's own, so it may lie anywhere; it is never fetched."""
+    try:
+        if not (folder / name).is_file():
+            raise FileNotFoundError("there is no such file")
+        Image.open(folder / name).close()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
+        why = "it is none" if isinstance(problem, UnidentifiedImageError) else problem
+        raise Error(f"{where}: {name} cannot be opened as an image ({why})") from problem
+    return folder / name
+
+
+def _opened(path: Path) -> Image.Image:
+    """The picture in colours."""
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
+        raise Error(f"image = {str(path)!r}: cannot be read ({problem})") from problem
 
 
 def _plain(text: str) -> str:
