@@ -439,6 +439,22 @@ def test_lab_list() -> None:
     assert "lab:lm" in shown and "lab:vlm" in shown
 
 
+def test_lab_eval_measures_the_real_models() -> None:
+    result = json.loads(run("lab", "eval", "moe", "--json", "--limit", 3000).stdout)
+    assert result.keys() == {"bits_per_byte", "bits_per_byte_code", "bits_per_byte_prose", "apart"}
+    assert json.loads(run("lab", "eval", "lm", "--json", "--limit", 3000).stdout)["bytes"] == 3000
+
+
+def test_several_domains_are_for_experts(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text("def f(x):\n    return x + 1\n" * 400)
+    data = ["--data", tmp_path / "one.txt", "--data", tmp_path / "two.txt", "--batches", 1]
+    fit = ["fit", "lab:moe", "--method", "easy-ep:samples=2,calibration=as-given", *data, "--out", tmp_path / "m"]
+    assert run(*fit).exit_code == 0
+    assert set(sparing.load(tmp_path / "m").state) >= {"one.score", "two.score"}
+    refused(run("fit", "lab:lm", "--method", "flap", *data, "--out", tmp_path / "n"), "only methods on experts mix")
+
+
 def test_lab_eval_prints_one_json_object(monkeypatch: pytest.MonkeyPatch) -> None:
     def evaluate(model: str, limit: int = 7) -> dict[str, float]:
         print("chatter")

@@ -350,9 +350,13 @@ def _fit(
     method: MethodText,
     out: Out,
     data: Annotated[
-        str,
+        list[str],
         typer.Option(
-            "--data", "-d", metavar="D", help="A text file, find-digit, or a .jsonl of questions.", show_default=False
+            "--data",
+            "-d",
+            metavar="D",
+            help="A text file, find-digit, or a .jsonl of questions; repeatable for methods that mix domains of text.",
+            show_default=False,
         ),
     ],
     batches: Annotated[
@@ -376,7 +380,10 @@ def _fit(
     options = {key: value for key, value in (("epochs", epochs), ("lr", lr)) if value is not None}
     if options and not chosen.card.trains:
         raise _error(f"--{next(iter(options))}: {chosen.name} is calibrated, not trained")
-    _data_exists(data)
+    if len(data) > 1 and chosen.card.axis != "experts":
+        raise _error(f"--data {data[1]}: only methods on experts mix domains; {chosen.name} takes one --data")
+    for each in data:
+        _data_exists(each)
     _writable(out)
     _quiet()
     from sparing.bench.models import load_model
@@ -439,7 +446,7 @@ def _prune(
     chosen.check_model(loaded.model)
     if not chosen.ready:
         assert data is not None
-        chosen = _fitted(chosen, loaded, data, batches, seed)
+        chosen = _fitted(chosen, loaded, [data], batches, seed)
     chosen = chosen.at(budget, loaded.view.shape)
     with _doing(f"Cutting with {chosen.name}"):
         small = sparing.prune(loaded.model, chosen)
@@ -518,16 +525,19 @@ def _lab_eval(
     name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     limit: Annotated[
-        int | None, typer.Option("--limit", metavar="N", callback=_whole(1), help="Scenes or windows to evaluate.")
+        int | None,
+        typer.Option("--limit", metavar="N", callback=_whole(1), help="Scenes, or bytes of text, to evaluate."),
     ] = None,
 ) -> None:
-    """Evaluate a lab model on its held-out data: accuracy for vlm, bits_per_byte for lm."""
+    """Evaluate a lab model on its held-out data: accuracy for vlm, bits per byte for lm and moe."""
     module = _lab(name)
     _quiet()
     with redirect_stdout(sys.stderr), _doing(f"Evaluating lab:{name}"):
         loaded = module.load()
         parts = loaded if isinstance(loaded, tuple) else (loaded,)
-        result = module.evaluate(*parts, **({} if limit is None else {"limit": limit}))
+        taken = inspect.signature(module.evaluate).parameters
+        key = "limit" if "limit" in taken else "limit_bytes"
+        result = module.evaluate(*parts, **({} if limit is None else {key: limit}))
     if as_json:
         typer.echo(json.dumps(result))
         return
@@ -589,12 +599,13 @@ def _data_exists(data: str) -> None:
         )
 
 
-def _fitted(method: Method, loaded: Loaded, data: str, batches: int, seed: int, **options: Any) -> Method:
+def _fitted(method: Method, loaded: Loaded, data: list[str], batches: int, seed: int, **options: Any) -> Method:
     import torch
 
     torch.manual_seed(seed)
-    with _doing(f"Fitting {method.name} on {data}"):
-        return method.fit(loaded.model, _batches(loaded, data, batches), **options)
+    with _doing(f"Fitting {method.name} on {', '.join(data)}"):
+        domains: Any = {Path(each).stem: _batches(loaded, each, batches) for each in data}
+        return method.fit(loaded.model, domains if len(data) > 1 else domains.popitem()[1], **options)
 
 
 def _batches(loaded: Loaded, data: str, count: int) -> Iterable[Any]:

@@ -62,6 +62,22 @@ def load(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTraine
     return AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=dtype).eval(), AutoTokenizer.from_pretrained(WEIGHTS)
 
 
+def evaluate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, limit_bytes: int | None = None
+) -> dict[str, float]:
+    """Bits per byte on the held-out modules as they are, on their code alone and on their prose alone.
+
+    `apart` is the share of the experts' choices that would have to move to make both domains alike, mean over layers.
+    """
+    texts = {"bits_per_byte": heldout_text(), **{f"bits_per_byte_{d}": heldout_domain(d) for d in DOMAINS}}
+    found = {
+        key: lm.evaluate(model, tokenizer, text=text, limit_bytes=limit_bytes)["bits_per_byte"]
+        for key, text in texts.items()
+    }
+    code, prose = (expert_load(model, tokenizer, heldout_domain(domain)) for domain in DOMAINS)
+    return {**found, "apart": float(0.5 * (code - prose).abs().sum(1).mean())}
+
+
 @torch.no_grad()
 def expert_load(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, windows: int = 32) -> Tensor:
     """Share of the K T choices that each expert gets on `text`, (L, E); every row adds up to 1."""
