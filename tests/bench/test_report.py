@@ -321,3 +321,19 @@ def test_no_picture_of_kept_tokens_where_patches_do_not_fit(seen: Footprint) -> 
     odd = Footprint(seen.prompt[:, :14], seen.visual[:14], seen.steps, seen.share, seen.image)  # 13 visual tokens
     assert pictures.kept({"": odd}) is None
     assert pictures.kept({"": Footprint(seen.prompt, seen.visual, seen.steps, seen.share)}) is None
+
+
+def test_experts_that_stay_are_drawn() -> None:
+    """Cells are layer x expert: as many coloured as the plan keeps, layer by layer."""
+    import sparing
+    from sparing.bench.capture import footprint
+    from sparing.bench.models import load_model
+    from sparing.bench.tasks import parse
+
+    loaded = load_model("lab:moe")
+    seen = footprint(loaded, parse("ppl", loaded), sparing.parse("random-experts:M=5,seed=2"))
+    assert seen.experts and seen.prompt.shape == (6, 16) and seen.prompt.sum(1).tolist() == [5] * 6
+    assert seen.share.tolist() == [5 / 16] * 6
+    figure = pictures.compute_map({"keep": seen})
+    words = [ax.get_xlabel() for ax in figure.axes] + [text.get_text() for text in figure.legends[0].get_texts()]
+    assert {"expert", "experts left", "expert stays", "removed"} <= set(words)

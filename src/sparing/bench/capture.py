@@ -44,13 +44,30 @@ def footprint(loaded: Loaded, task: tasks.Task, method: Method, sample: int = 0,
     visual = (ids[sample].cpu() == token) if token is not None else torch.zeros(ids.shape[1], dtype=torch.bool)
     picture = _picture(loaded, inputs, sample)
     if isinstance(method, SurgeryMethod):
-        share = left(loaded.model, method.plan(loaded.model))
+        plan = method.plan(loaded.model)
+        if method.card.axis == "experts":
+            return _experts_left(loaded.model, plan)
+        share = left(loaded.model, plan)
         prompt = np.repeat((share > 0)[:, None], int(here.sum()), 1)
         return Footprint(prompt, visual[here].numpy(), np.zeros((len(share), 0), bool), share, picture)
     with attach(loaded.model, method) as run:
         run.keeps_index = True
         timing.decode(loaded.model, inputs, timing.prefill(loaded.model, inputs), steps)
         return pictures.footprint(run.trace, visual, sample=sample, here=here, image=picture)
+
+
+def _experts_left(model: nn.Module, plan: Plan) -> Footprint:
+    """The experts of each layer that a plan leaves; a layer without experts keeps its row empty."""
+    layers = View(model).layers
+    width = max(layer.experts.count for layer in layers if layer.experts is not None)
+    stays, share = np.zeros((len(layers), width), bool), np.ones(len(layers))
+    for row, layer, cut in zip(stays, layers, plan.layers, strict=True):
+        if layer.experts is not None and cut is not None:
+            row[: layer.experts.count] = cut.experts is None
+            if cut.experts is not None:
+                row[cut.experts.numpy()] = True
+            share[layer.index] = row.sum() / layer.experts.count
+    return Footprint(stays, np.zeros(width, bool), np.zeros((len(layers), 0), bool), share, experts=True)
 
 
 def left(model: nn.Module, plan: Plan) -> NDArray[np.float64]:

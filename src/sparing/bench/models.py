@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
+from transformers import PROCESSOR_MAPPING, AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from sparing import lab
 from sparing.engine.checkpoint import from_pretrained
@@ -49,10 +49,16 @@ class Loaded:
 
     @cached_property
     def processor(self) -> Any:
-        """The processor of a model that takes images."""
+        """The processor of a model that takes images; without its part for videos where torchvision is missing."""
         if self.given is not None:
             return self.given
-        return self._fetch(AutoProcessor, "processor")
+        try:
+            return self._fetch(AutoProcessor, "processor")
+        except Error as problem:
+            still = _still(self.model) if isinstance(problem.__cause__, ImportError) else None
+            if still is None:
+                raise
+        return self._fetch(still, "processor")
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -128,6 +134,29 @@ def load_model(
         raise Error(f"model = {name!r}: cannot be loaded ({_told(problem)})") from problem
     nn.Module.to(model, where)
     return Loaded(name, model.eval(), source, processor)
+
+
+def _still(model: PreTrainedModel) -> Any:
+    """The model's processor class for pictures alone: a part for videos cannot be made without torchvision.
+
+    None where it has no such part, or one that others come after.
+    """
+    kind: Any = PROCESSOR_MAPPING.get(type(model.config), None)
+    if kind is None or kind.get_attributes()[-1:] != ["video_processor"]:
+        return None
+
+    class Still(kind):
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [part for part in super().get_attributes() if part != "video_processor"]
+
+        def save_pretrained(self, folder: Any, *args: Any, **options: Any) -> Any:
+            """Also writes the file that the processor for videos is made from, where there is torchvision."""
+            self.image_processor.save_pretrained(folder)
+            return super().save_pretrained(folder, *args, **options)
+
+    Still.__name__ = kind.__name__  # as which it is saved
+    return Still
 
 
 def _told(problem: BaseException) -> str:

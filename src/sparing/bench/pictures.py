@@ -584,6 +584,7 @@ class Footprint:
         share: (layers,) what is left of a layer: of its visual tokens (of all tokens where there are none, of the
             generated ones where only they skip), or of its parameters where weights were cut.
         image: (height, width, 3) uint8, the picture that was asked about; None for text.
+        experts: `prompt` is (layers, experts) bool instead: the expert stays. `share` is then of the experts.
     """
 
     prompt: NDArray[np.bool_]
@@ -591,6 +592,7 @@ class Footprint:
     steps: NDArray[np.bool_]
     share: NDArray[np.float64]
     image: NDArray[np.uint8] | None = None
+    experts: bool = False
 
     @property
     def layers(self) -> int:
@@ -601,7 +603,7 @@ def compute_map(footprints: Mapping[str, Footprint], title: str = "") -> Figure:
     """Token × layer: what ran, a strip for each budget; beside it how much of every layer is left.
 
     Prompt tokens stand left (text and visual ones in their colours), generated ones right of them; pale cells did not
-    run.
+    run. Where experts were removed, the cells are layer × expert.
     """
     items = list(footprints.items())
     layers, steps = items[0][1].layers, max(print_.steps.shape[1] for _, print_ in items)
@@ -622,7 +624,10 @@ def compute_map(footprints: Mapping[str, Footprint], title: str = "") -> Figure:
                 row[1].xaxis.set_major_locator(MaxNLocator(4, integer=True))
             _share_bars(row[-1], seen.share)
             row[-1].set_title(f"{100 * seen.share.mean():.0f} % left", fontweight="normal", fontsize=9, color=MUTED)
-        for ax, words in zip(axes[-1], ["token of the prompt", *(["generated"] if steps else []), "left of the layer"]):
+        experts = any(seen.experts for _, seen in items)
+        first = "expert" if experts else "token of the prompt"
+        last = "experts left" if experts else "left of the layer"
+        for ax, words in zip(axes[-1], [first, *(["generated"] if steps else []), last]):
             ax.set_xlabel(words)
         if title:
             figure.suptitle(title, fontweight="bold", x=0.01, ha="left")
@@ -631,13 +636,16 @@ def compute_map(footprints: Mapping[str, Footprint], title: str = "") -> Figure:
             Patch(color=c, label=n)
             for c, n, on in (
                 (VISUAL, "visual token ran", visual),
-                (TEXT, "text token ran", text),
+                (TEXT, "expert stays" if experts else "text token ran", text),
                 (STEP, "generated token ran", bool(steps)),
             )
             if on
         ]
         figure.legend(
-            handles=[*handles, Patch(fc=RULE, label="did not run")], loc="outside lower left", ncols=4, labelcolor=MUTED
+            handles=[*handles, Patch(fc=RULE, label="removed" if experts else "did not run")],
+            loc="outside lower left",
+            ncols=4,
+            labelcolor=MUTED,
         )
     return figure
 

@@ -173,22 +173,30 @@ def prefill(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
 @torch.no_grad()
 def decode(model: nn.Module, inputs: Mapping[str, Any], out: Any, steps: int = STEPS) -> Tensor:
     """`steps` greedy steps of one token after `prefill` returned `out`; (B, steps) token ids."""
-    last = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
-    ids = inputs["input_ids"]
+    last: dict[str, Any] = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
+    ids, shift = inputs["input_ids"], _shift(model, inputs)
     past = inputs.get("attention_mask")
     mask = torch.cat([torch.ones_like(ids) if past is None else past, ids.new_ones(len(ids), steps)], 1)
     cache, said = out.past_key_values, []
     for step in range(1, steps + 1):
         token = out.logits[:, -1:].argmax(-1)
         said.append(token)
-        out = model(
-            input_ids=token,
-            attention_mask=mask[:, : ids.shape[1] + step],
-            past_key_values=cache,
-            use_cache=True,
-            **last,
-        )
+        here = mask[:, : ids.shape[1] + step]
+        if shift is not None:
+            last["position_ids"] = (here.cumsum(1)[:, -1:] - 1 + shift).expand(3, -1, -1)
+        out = model(input_ids=token, attention_mask=here, past_key_values=cache, use_cache=True, **last)
     return torch.cat(said, 1)
+
+
+def _shift(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | int | None:
+    """What a decode step adds to its place for its position, in a model that counts a picture's rows and columns.
+
+    Without positions, such a model takes those of the whole mask. None for the others, which know their place.
+    """
+    shifts = [vars(module)["rope_deltas"] for module in model.modules() if "rope_deltas" in vars(module)]
+    if not shifts:
+        return None
+    return shifts[0] if "image_grid_thw" in inputs else 0  # without a picture it is that of an earlier prompt
 
 
 def generation(
