@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,12 +93,12 @@ def left(model: nn.Module, plan: Plan) -> NDArray[np.float64]:
 def _picture(loaded: Loaded, inputs: tasks.Batch, sample: int) -> NDArray[np.uint8] | None:
     """The picture as the model got it, back in colours; None where it cannot be read off the inputs."""
     pixels = inputs.get("pixel_values")
-    if (
-        not isinstance(pixels, Tensor)
-        or pixels.ndim != 4
-        or len(pixels) != len(inputs["input_ids"])
-        or pixels.shape[1] != 3
-    ):
+    grids = inputs.get("image_grid_thw")
+    if isinstance(pixels, Tensor) and isinstance(grids, Tensor) and len(grids) == len(inputs["input_ids"]):
+        pixels, sample = _laid_out(pixels, grids.tolist(), sample, loaded), 0
+    elif not isinstance(pixels, Tensor) or len(pixels) != len(inputs["input_ids"]):
+        return None
+    if pixels is None or pixels.ndim != 4 or pixels.shape[1] != 3:
         return None
     image = pixels[sample].float().cpu().permute(1, 2, 0)
     try:
@@ -106,6 +107,23 @@ def _picture(loaded: Loaded, inputs: tasks.Batch, sample: int) -> NDArray[np.uin
     except (Error, AttributeError, TypeError):
         image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-6)
     return (255 * image.clamp(0, 1)).round().byte().numpy()
+
+
+def _laid_out(pixels: Tensor, grids: list[list[int]], sample: int, loaded: Loaded) -> Tensor | None:
+    """(1, 3, H, W) picture of one sample, from the (patches, values) that a tower for any size is given.
+
+    A patch holds 3 x time x side x side values. Patches that become one token follow each other: the rows of the grid
+    are taken `merge` at a time, and so are the columns within them.
+    """
+    vision = getattr(loaded.model.config, "vision_config", None)
+    merge, side = getattr(vision, "spatial_merge_size", None), getattr(vision, "patch_size", None)
+    time, high, wide = grids[sample]
+    if not isinstance(merge, int) or not isinstance(side, int) or time != 1 or pixels.shape[-1] % (3 * side * side):
+        return None
+    first = sum(math.prod(grid) for grid in grids[:sample])
+    patches = pixels[first : first + high * wide]
+    blocks = patches.reshape(high // merge, wide // merge, merge, merge, 3, -1, side, side)[..., 0, :, :]
+    return blocks.permute(4, 0, 2, 5, 1, 3, 6).reshape(1, 3, high * side, wide * side)
 
 
 # --------------------------------------------------------------------------- all pictures of a comparison
