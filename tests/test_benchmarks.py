@@ -6,13 +6,15 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from sparing.bench import timing
+from sparing.engine.execute import Pass
+from sparing.engine.stream import put
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -80,7 +82,7 @@ def test_bounds_are_those_of_the_shapes(efficiency: ModuleType) -> None:
     def stack(rows: list[int], share: float = 1.0) -> float:
         return sum(2 * share * weights * n + 4 * share * n * n * D for n in rows) + head
 
-    kept = round((T - 1) * 0.25) + 1
+    kept = T // 4
     held = T - T // 4
     expected = {
         "drop-tokens": stack([T] * 2 + [kept] * (L - 2)) + 2 * D * D + 2 * T * D,  # one query, one row of attention
@@ -163,3 +165,26 @@ def test_versus_prints_ratios_and_memory(
     for entry in entries:
         assert entry["same"] == 1
         assert entry["ratio"] > 0 and entry["peak_theirs"] > entry["peak_ours"] > 0
+
+
+def test_put_writes_whole_rows_and_passes_gradients_to_both() -> None:
+    x, rows = torch.randn(2, 5, 3, requires_grad=True), torch.randn(2, 3, 3, requires_grad=True)
+    slot = torch.tensor([[0, 2, 3], [1, 4, 4]])  # the second sample fills up in the last column, which is cut off
+    out = put(x, slot, rows)
+    for b, kept in ((0, 3), (1, 1)):
+        for i in range(kept):
+            assert torch.equal(out[b, slot[b, i]], rows[b, i])
+    out[:, :4].sum().backward()
+    assert x.grad is not None and rows.grad is not None
+    assert x.grad[:, :4, 0].tolist() == [[0, 1, 0, 0], [1, 0, 1, 1]]
+    assert rows.grad[:, :, 0].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_a_decision_does_not_pay_for_the_work_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an accelerator the clock waits for queued work, at the start of a decision as at its end."""
+    waits: list[int] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
+    Pass._clock(SimpleNamespace(device=torch.device("cuda")))  # type: ignore[arg-type]
+    assert len(waits) == 1
+    Pass._clock(SimpleNamespace(device=torch.device("cpu")))  # type: ignore[arg-type]
+    assert len(waits) == 1

@@ -7,7 +7,7 @@ from typing import Self
 
 import torch
 
-from sparing.engine.stream import Stream, StreamMethod
+from sparing.engine.schedule import ScheduledLayers
 from sparing.grid.method import BudgetError, Card, Error, Shape, integer, register
 
 
@@ -25,7 +25,7 @@ from sparing.grid.method import BudgetError, Card, Error, Shape, integer, regist
     ),
 )
 @dataclass(frozen=True)
-class RandomDepth(StreamMethod):
+class RandomDepth(ScheduledLayers):
     """Prompt at full depth; generated tokens through R layers drawn once, the first and the last always among them.
 
     Args:
@@ -48,7 +48,3 @@ class RandomDepth(StreamMethod):
             raise Error(f"random-depth: R = {self.R}: the model has {L} layers")
         draw = torch.randperm(L - 2, generator=torch.Generator().manual_seed(self.seed))[: self.R - 2]
         return tuple(sorted({0, L - 1, *(int(i) + 1 for i in draw)}))
-
-    def before_layer(self, stream: Stream, layer: int) -> None:
-        if layer not in self.layer_set(stream.layers):
-            stream.bypass(stream.generated, free=True)

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from sparing.engine.stream import Stream, StreamMethod
+from sparing.engine.schedule import ScheduledLayers
 from sparing.engine.train import finetune
 from sparing.grid.budget import spaced
 from sparing.grid.method import BudgetError, Card, Error, Shape, choice, number, register
@@ -30,7 +30,7 @@ from sparing.grid.method import BudgetError, Card, Error, Shape, choice, number,
     ),
 )
 @dataclass(frozen=True)
-class UnifiedLayerSkipping(StreamMethod):
+class UnifiedLayerSkipping(ScheduledLayers):
     """Keep R = floor(L / S) of L layers for generated tokens; the prompt runs all layers.
 
     Layer sets (0-based, first and last layer always in):
@@ -85,10 +85,6 @@ class UnifiedLayerSkipping(StreamMethod):
 
     def mirrored(self, shape: Shape) -> dict[str, Any]:
         return {"R": len(self.layer_set(shape.layers))}
-
-    def before_layer(self, stream: Stream, layer: int) -> None:
-        if layer not in self.layer_set(stream.layers):
-            stream.bypass(stream.generated, free=True)
 
     def fit(self, model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]], **options: Any) -> Self:
         """Fine-tune for this S: the prompt at full depth, the response through the kept layers, loss on the response.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-from sparing.engine.stream import Stream, StreamMethod
+from sparing.engine.schedule import ScheduledLayers
 from sparing.grid.budget import spaced
 from sparing.grid.method import BudgetError, Card, Error, Shape, choice, integer, register
 
@@ -24,7 +24,7 @@ from sparing.grid.method import BudgetError, Card, Error, Shape, choice, integer
     ),
 )
 @dataclass(frozen=True)
-class UniformDepth(StreamMethod):
+class UniformDepth(ScheduledLayers):
     """Prompt at full depth; generated tokens through a plain block of R layers.
 
     Args:
@@ -48,7 +48,3 @@ class UniformDepth(StreamMethod):
         if self.part == "even" and self.R > 1:
             return spaced(L, self.R)
         return tuple(range(L - self.R, L)) if self.part == "top" else tuple(range(self.R))
-
-    def before_layer(self, stream: Stream, layer: int) -> None:
-        if layer not in self.layer_set(stream.layers):
-            stream.bypass(stream.generated, free=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sparing.engine.ragged import RaggedLayer, Tap, check_dynamic, ragged
 from sparing.engine.routing import Routing, RoutingMethod, run_experts
 from sparing.engine.stream import Stream, StreamMethod, pack, take
-from sparing.engine.view import Experts, View
+from sparing.engine.view import View
 from sparing.grid.method import Error
 from sparing.grid.trace import Cells
 
@@ -387,7 +387,7 @@ class Pass:
 
     # ---- experts
 
-    def route(self, index: int, forward: Callable[..., Any], experts: Experts, logits: Tensor, given: Any) -> Tensor:
+    def route(self, index: int, forward: Callable[..., Any], logits: Tensor, given: Any) -> Tensor:
         """Run layer `index`'s experts on the pairs that methods left."""
         hidden, chosen, weight = given
         clock = self._clock() if self.run.time_decisions else 0.0
@@ -400,7 +400,7 @@ class Pass:
                 raise
         if self.run.time_decisions:
             self.run.trace.seconds_deciding += self._clock() - clock
-        out, pairs = run_experts(experts.module, forward, routing, chosen)
+        out, pairs = run_experts(forward, routing, chosen)
         if self.cells is not None:
             self.cells.pairs.append(pairs)
             self.cells.all_pairs.append(chosen.numel())
@@ -461,7 +461,7 @@ class Executor:
             self._patch(layer.module, functools.partial(self._layer, layer.index))
             if self.run.routers and layer.experts is not None:
                 self._hooks.append(layer.experts.router.register_forward_hook(self._routed))
-                self._patch(layer.experts.module, functools.partial(self._experts, layer.index, layer.experts))
+                self._patch(layer.experts.module, functools.partial(self._experts, layer.index))
 
     def remove(self) -> None:
         for hook in self._hooks:
@@ -513,10 +513,10 @@ class Executor:
     def _routed(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._logits = output[0]
 
-    def _experts(self, index: int, experts: Experts, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _experts(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.now is None or len(args) != 3:
             return forward(*args, **kwargs)
-        return self.now.route(index, forward, experts, self._logits, args)
+        return self.now.route(index, forward, self._logits, args)
 
     # ---- sub-layers, wrapped only where a method asks for it
 

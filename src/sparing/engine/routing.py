@@ -87,43 +87,38 @@ class Routing:
         self.skip(mask, renormalise=renormalise)
 
 
-def run_experts(
-    module: nn.Module, forward: Callable[..., Tensor], routing: Routing, before: Tensor
-) -> tuple[Tensor, int]:
-    """Run experts on the pairs that are left, so that the others cost no GEMM.
+def run_experts(forward: Callable[..., Tensor], routing: Routing, before: Tensor) -> tuple[Tensor, int]:
+    """Run experts on the pairs that are left, so that the others cost nothing, whatever the experts' implementation.
 
-    The columns of the routing are first brought down to the most experts that any token has left. Where tokens differ,
-    the gaps get the index E, which `eager` and `grouped_mm` pass over; `batched_mm` computes and discards them.
+    Where all tokens have as many experts left, the columns of the routing shrink. Where they differ, every pair becomes
+    a row with one expert of its own, and the rows of a token are added up. (Handing the experts index E for the gaps
+    gives the same, but carries the gaps through the elementwise work: with half of the pairs skipped by a threshold
+    the efficiency was 0.79 in bfloat16 against 0.90, and `batched_mm` even computes them.)
 
     Args:
-        module: the layer's experts.
-        forward: its forward.
+        forward: of the layer's experts.
         routing: as the methods left it.
         before: (N, K) the router's own index.
 
     Returns:
         (N, D) and the number of pairs that ran.
     """
-    index, weight = routing.index, routing.weight
+    index, weight, hidden = routing.index, routing.weight, routing.hidden
     if index is before:
-        return forward(routing.hidden, index, weight), index.numel()
-    gone = routing.skipped
-    count_N = (~gone).sum(1)
-    pairs, most = int(count_N.sum()), int(count_N.max()) if len(count_N) else 0
-    if pairs == 0:
-        return torch.zeros_like(routing.hidden), 0
-    if most < index.shape[1]:
-        order = gone.byte().argsort(dim=1, stable=True)[:, :most]
-        index, weight = index.gather(1, order), weight.gather(1, order)
-    gaps = pairs < index.numel()
-    marked = getattr(module, "_is_expert_parallel", None)  # makes transformers clear rows of the index E
-    if gaps and marked is not None:
-        module._is_expert_parallel = True  # type: ignore[assignment]
-    try:
-        return forward(routing.hidden, index, weight), pairs
-    finally:
-        if gaps and marked is not None:
-            module._is_expert_parallel = marked
+        return forward(hidden, index, weight), index.numel()
+    there = ~routing.skipped
+    count_N = there.sum(1)
+    least, most = (int(count) for count in count_N.aminmax()) if len(count_N) else (0, 0)
+    if most == 0:
+        return torch.zeros_like(hidden), 0
+    if least == most:
+        order = (~there).byte().argsort(dim=1, stable=True)[:, :most]
+        return forward(hidden, index.gather(1, order), weight.gather(1, order)), len(index) * most
+    token, column = there.nonzero(as_tuple=True)
+    rows = forward(hidden[token], index[token, column][:, None], weight[token, column][:, None])
+    slot = token * most + (there.cumsum(1) - 1)[token, column]
+    parts = rows.new_zeros(len(index) * most, rows.shape[-1]).index_copy(0, slot, rows)
+    return parts.view(len(index), most, -1).sum(1), len(token)
 
 
 # --------------------------------------------------------------------------- fewer experts

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from sparing.engine.stream import Stream
+from sparing.engine.stream import Stream, StreamMethod
 from sparing.grid.budget import kept
-from sparing.grid.method import Error
+from sparing.grid.method import Error, Shape, numbers
 
 
 def full(schedule: tuple[float, ...], layers: int) -> tuple[float, ...]:
@@ -62,3 +64,39 @@ def random_score(stream: Stream, seed: int) -> Tensor:
     start = stream.first_visual()
     place = (stream.index - start[:, None]).clamp(min=0)
     return stream.of_visual(_drawn(seed, stream.layer, stream.width).to(place.device)[place])
+
+
+@dataclass(frozen=True)
+class ScheduledTokens(StreamMethod):
+    """Base of the token controls: follow a given schedule and say which visual tokens stay.
+
+    The schedule is the share of visual tokens that runs each layer; one entry holds for all layers, else length L.
+    """
+
+    schedule: tuple[float, ...] = numbers((0.5,), "share of visual tokens a layer", high=1)
+
+    def choose(self, stream: Stream, count_B: Tensor) -> Tensor:
+        """Bool (B, V) over alive visual tokens, exactly count_B True a row."""
+        raise Error(f"{type(self).__name__} defines no choose")
+
+    def at(self, keep: float, shape: Shape) -> Self:
+        return self.replace(schedule=(keep,) * shape.layers)
+
+    def shares(self, shape: Shape) -> tuple[float, ...]:
+        return full(self.schedule, shape.layers)
+
+    def before_layer(self, stream: Stream, layer: int) -> None:
+        follow(stream, layer, full(self.schedule, stream.layers), self.choose)
+
+
+@dataclass(frozen=True)
+class ScheduledLayers(StreamMethod):
+    """Base of methods and controls in which generated tokens run layers fixed by the model's depth alone."""
+
+    def layer_set(self, L: int) -> tuple[int, ...]:
+        """Kept layers of L, rising."""
+        raise Error(f"{type(self).__name__} defines no layer_set")
+
+    def before_layer(self, stream: Stream, layer: int) -> None:
+        if layer not in self.layer_set(stream.layers):
+            stream.bypass(stream.generated, free=True)

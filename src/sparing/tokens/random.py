@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
 
-from sparing.engine.schedule import follow, full, random_score
-from sparing.engine.stream import Stream, StreamMethod
-from sparing.grid.method import Card, Shape, integer, numbers, register
+from torch import Tensor
+
+from sparing.engine.schedule import ScheduledTokens, random_score
+from sparing.engine.stream import Stream
+from sparing.grid.method import Card, integer, register
 from sparing.grid.select import top_k
 
 
@@ -26,7 +27,7 @@ from sparing.grid.select import top_k
     ),
 )
 @dataclass(frozen=True)
-class RandomTokens(StreamMethod):
+class RandomTokens(ScheduledTokens):
     """Visual tokens by lot, on a given schedule.
 
     The draw depends on seed, layer and the token's place in the image, so a sample draws the same in any batch.
@@ -36,19 +37,7 @@ class RandomTokens(StreamMethod):
         seed: of the draw.
     """
 
-    schedule: tuple[float, ...] = numbers((0.5,), "share of visual tokens a layer", high=1)
     seed: int = integer(0, "of the draw")
 
-    def at(self, keep: float, shape: Shape) -> Self:
-        return self.replace(schedule=(keep,) * shape.layers)
-
-    def shares(self, shape: Shape) -> tuple[float, ...]:
-        return full(self.schedule, shape.layers)
-
-    def before_layer(self, stream: Stream, layer: int) -> None:
-        follow(
-            stream,
-            layer,
-            full(self.schedule, stream.layers),
-            lambda s, count_B: top_k(random_score(s, self.seed), count_B),
-        )
+    def choose(self, stream: Stream, count_B: Tensor) -> Tensor:
+        return top_k(random_score(stream, self.seed), count_B)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
 
-from sparing.engine.schedule import follow, full
-from sparing.engine.stream import Stream, StreamMethod
-from sparing.grid.method import Card, Shape, numbers, register
+from sparing.engine.schedule import ScheduledTokens
+from sparing.engine.stream import Stream
+from sparing.grid.method import Card, register
 from sparing.grid.select import evenly
 
 
@@ -29,29 +28,17 @@ from sparing.grid.select import evenly
     ),
 )
 @dataclass(frozen=True)
-class UniformTokens(StreamMethod):
+class UniformTokens(ScheduledTokens):
     """Visual tokens at even spacing in reading order, on a given schedule.
 
     Args:
         schedule: share of visual tokens that runs each layer; one entry holds for all layers, else length L.
     """
 
-    schedule: tuple[float, ...] = numbers((0.5,), "share of visual tokens a layer", high=1)
-
-    def at(self, keep: float, shape: Shape) -> Self:
-        return self.replace(schedule=(keep,) * shape.layers)
-
-    def shares(self, shape: Shape) -> tuple[float, ...]:
-        return full(self.schedule, shape.layers)
-
-    def before_layer(self, stream: Stream, layer: int) -> None:
-        follow(stream, layer, full(self.schedule, stream.layers), _spaced)
-
-
-def _spaced(stream: Stream, count_B: Tensor) -> Tensor:
-    alive_BV = ~torch.isinf(stream.of_visual(stream.index.float()))
-    keep_BV = torch.zeros_like(alive_BV)
-    for row, count in enumerate(count_B.tolist()):
-        present = int(alive_BV[row].sum())
-        keep_BV[row, :present] = evenly(present, count, alive_BV.device)
-    return keep_BV
+    def choose(self, stream: Stream, count_B: Tensor) -> Tensor:
+        alive_BV = ~torch.isinf(stream.of_visual(stream.index.float()))
+        keep_BV = torch.zeros_like(alive_BV)
+        for row, count in enumerate(count_B.tolist()):
+            present = int(alive_BV[row].sum())
+            keep_BV[row, :present] = evenly(present, count, alive_BV.device)
+        return keep_BV
