@@ -5,6 +5,7 @@ A check runs on a model that nobody else has, so it may leave anything behind bu
 
 from __future__ import annotations
 
+import atexit
 import copy
 import dataclasses
 import functools
@@ -479,6 +480,10 @@ class _Fresh:
     def __init__(self) -> None:
         command = [sys.executable, "-m", "sparing.testing.fresh", str(torch.get_num_threads())]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        atexit.register(self._end)
+
+    def _end(self) -> None:
+        self._process.communicate()  # closes its input, at which it ends
 
     def ask(self, **request: str) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
