@@ -408,7 +408,7 @@ def seeded(s: Subject) -> None:
 @check("fused-attention")
 def fused_attention(s: Subject) -> None:
     """SDPA stays SDPA: every layer that runs attention runs the fused kernel, under the user's own setting."""
-    batch, calls = s.prompt(), []
+    batch, method, calls = s.prompt(), s.at("cut"), []  # the method first: fitting it runs a model too
     own = torch.nn.functional.scaled_dot_product_attention
     setting = s.model.config._attn_implementation
 
@@ -422,7 +422,7 @@ def fused_attention(s: Subject) -> None:
         _logits(s.model, batch)
         dense = len(calls)
         calls.clear()
-        with s.attach(s.at("cut")) as run:
+        with s.attach(method) as run:
             _logits(s.model, batch)
             inside = s.model.config._attn_implementation
     finally:
