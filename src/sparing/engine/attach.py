@@ -87,14 +87,17 @@ class Run:
     @property
     def streams(self) -> list[StreamMethod]:
         """Methods of kind stream, those of enclosing runs first."""
-        outer = [m for run in _ATTACHED.get(self.model, []) if run is not self for m in run.methods]
-        return [m for m in (*outer, *self.methods) if isinstance(m, StreamMethod)]
+        return [m for m in self._in_force if isinstance(m, StreamMethod)]
 
     @property
     def routers(self) -> list[RoutingMethod]:
         """Methods of kind routing, those of enclosing runs first."""
+        return [m for m in self._in_force if isinstance(m, RoutingMethod)]
+
+    @property
+    def _in_force(self) -> list[Method]:
         outer = [m for run in _ATTACHED.get(self.model, []) if run is not self for m in run.methods]
-        return [m for m in (*outer, *self.methods) if isinstance(m, RoutingMethod)]
+        return [*outer, *self.methods]
 
     @property
     def sees_visual(self) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing.engine.surgery import LayerCut, Plan, SurgeryMethod
-from sparing.engine.view import Experts, LayerView, View
+from sparing.engine.view import Experts, LayerView, View, evaluating
 from sparing.grid.method import BudgetError, Error, Method, Shape, choice, flag, integer, state_check
 from sparing.grid.select import top_k
 
@@ -55,7 +55,7 @@ def observe_experts(model: nn.Module, batches: Batches, note: Callable[[int, Vis
         Error: no batches, no experts, or a layer whose norm before the experts was not found.
     """
     view = View(model)
-    device, training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
     held: dict[int, Tensor] = {}
     mask: Tensor | None = None
 
@@ -89,8 +89,7 @@ def observe_experts(model: nn.Module, batches: Batches, note: Callable[[int, Vis
             stack.callback(post.remove)
         if not seen:
             raise Error(f"{type(model).__name__}: no experts found (layers with a router beside a module experts)")
-        stack.callback(model.train, training)
-        model.eval()
+        stack.enter_context(evaluating(model))
         empty = True
         for batch in batches:
             given = batch.get("attention_mask")
@@ -140,9 +139,7 @@ def _continued(model: Any, prompt_BT: Tensor, mask_BT: Tensor, count: int, seed:
     end = model.generation_config.eos_token_id
     ends = torch.tensor([] if end is None else [end] if isinstance(end, int) else end, device=device)
     pad = model.generation_config.pad_token_id
-    training = model.training
-    model.eval()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         ids = model.generate(
             input_ids=prompt_BT,
@@ -154,7 +151,6 @@ def _continued(model: Any, prompt_BT: Tensor, mask_BT: Tensor, count: int, seed:
             top_p=1.0,
             pad_token_id=0 if pad is None else pad,
         )
-    model.train(training)
     new = ids[:, prompt_BT.shape[1] :]
     over = torch.isin(new, ends).cumsum(1)
     alive = (over - torch.isin(new, ends).long()) == 0

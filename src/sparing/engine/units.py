@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing.engine.surgery import LayerCut, Plan, SurgeryMethod
-from sparing.engine.view import LayerView, View, heads_a_group
+from sparing.engine.view import LayerView, View, evaluating, heads_a_group
 from sparing.grid.method import Error, Method, Shape, flag, numbers, state_check
 
 
@@ -101,14 +101,12 @@ def observe(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> tuple[
         moments.add(x.flatten(0, -2) if mask is None else x[mask.to(x.device)], x.shape[0])
 
     device = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
     with contextlib.ExitStack() as stack:
         for layer in view.layers:
             for name, site in sites.items():
                 handle = layer.projection(name).register_forward_pre_hook(functools.partial(hook, site[layer.index]))
                 stack.callback(handle.remove)
-        stack.callback(_restore, modes)
-        model.eval()
+        stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
         seen = 0
         for batch in batches:
@@ -120,11 +118,6 @@ def observe(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> tuple[
     if not seen:
         raise Error("batches: the calibration data is empty")
     return sites["o_proj"], sites["down_proj"]
-
-
-def _restore(modes: list[tuple[nn.Module, bool]]) -> None:
-    for module, training in modes:
-        module.training = training
 
 
 # --------------------------------------------------------------------------- units: KV groups and neurons

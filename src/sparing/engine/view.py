@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -178,6 +179,18 @@ class LayerView:
     def keys(self, hidden_BND: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
         """Keys of rows of the layer's input: (B, G, N, d)."""
         return self._turn(self._split(self.norm(hidden_BND), "k"), rope)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards every module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def heads_a_group(layer: LayerView) -> int:

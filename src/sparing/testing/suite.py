@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sparing.engine.view import View
-from sparing.grid.method import BudgetError, Card, Error, Method, get, methods, parse
+from sparing.grid.method import Card, Error, Method, get, methods, parse
 from sparing.testing.models import ARCHITECTURES, VISUAL, build, prompt
 from sparing.testing.settings import BUDGETS
 
@@ -298,12 +298,3 @@ def check_method(
     name = method if isinstance(method, str) else method.name
     given = None if budgets is None else {name: budgets}
     return run(cases([method], architectures, checks, budgets=given), progress=progress)
-
-
-def reachable(subject: Subject, budget: str) -> Iterator[Method]:
-    """The method at that budget, if the model lets it have that."""
-    try:
-        method = subject.at(budget)
-    except BudgetError:
-        return
-    yield method
