@@ -50,7 +50,7 @@ from sparing.bench.timing import Ratio, Stages
 from sparing.engine.attach import Run, attach
 from sparing.engine.checkpoint import save_pretrained
 from sparing.engine.surgery import prune
-from sparing.engine.view import View
+from sparing.engine.view import View, evaluating
 from sparing.grid.files import parse_json, read_json, short
 from sparing.grid.method import BudgetError, Error, Method, load, parse
 from sparing.grid.method import methods as all_methods
@@ -736,16 +736,6 @@ def _block_parameters(model: nn.Module) -> int:
 
 def _slug(spec: str) -> str:
     return "".join(char if char.isalnum() or char in "-_.=," else "_" for char in spec)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @contextmanager

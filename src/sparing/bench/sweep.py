@@ -28,7 +28,6 @@ from sparing.bench.compare import (
     Work,
     bar_of,
     digest,
-    evaluating,
     fits,
     named,
     quiet,
@@ -39,6 +38,7 @@ from sparing.bench.compare import (
 from sparing.bench.models import Loaded
 from sparing.bench.tasks import Task
 from sparing.bench.timing import Ratio, Stages
+from sparing.engine.view import evaluating
 from sparing.grid.method import Error, Method
 
 TOKENS = 64  #: output tokens of the generation that `total` is about

@@ -200,15 +200,19 @@ class Pass:
         return result if rest is None else (result, *rest)
 
     def _decide(self, stream: Stream, index: int) -> None:
+        def where() -> str:
+            return f"before layer {index} of {stream.layers}, alive rows (B, N, D) = {tuple(stream.hidden.shape)}"
+
+        self._ask([(m.name, m.before_layer) for m in self.methods], stream, index, where)
+
+    def _ask(self, verbs: list[tuple[str, Callable[..., None]]], of: Any, index: int, where: Callable[[], str]) -> None:
+        """Let methods decide; their time counts as deciding, and what they raise says where."""
         clock = self._clock() if self.run.time_decisions else 0.0
-        for method in self.methods:
+        for name, verb in verbs:
             try:
-                method.before_layer(stream, index)
+                verb(of, index)
             except Exception as error:
-                shape = tuple(stream.hidden.shape)
-                error.add_note(
-                    f"in {method.name} before layer {index} of {stream.layers}, alive rows (B, N, D) = {shape}"
-                )
+                error.add_note(f"in {name} {where()}")
                 raise
         if self.run.time_decisions:
             self.run.trace.seconds_deciding += self._clock() - clock
@@ -390,16 +394,12 @@ class Pass:
     def route(self, index: int, forward: Callable[..., Any], logits: Tensor, given: Any) -> Tensor:
         """Run layer `index`'s experts on the pairs that methods left."""
         hidden, chosen, weight = given
-        clock = self._clock() if self.run.time_decisions else 0.0
         routing = Routing(hidden, logits, chosen, weight, index, self.phase)
-        for method in self.routers:
-            try:
-                method.route(routing, index)
-            except Exception as error:
-                error.add_note(f"in {method.name}, experts of layer {index}, (N, K) = {tuple(chosen.shape)}")
-                raise
-        if self.run.time_decisions:
-            self.run.trace.seconds_deciding += self._clock() - clock
+
+        def where() -> str:
+            return f"at the experts of layer {index}, (N, K) = {tuple(chosen.shape)}"
+
+        self._ask([(m.name, m.route) for m in self.routers], routing, index, where)
         out, pairs = run_experts(forward, routing, chosen)
         if self.cells is not None:
             self.cells.pairs.append(pairs)
