@@ -6,7 +6,7 @@ import contextlib
 import weakref
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Protocol, Self, cast
+from typing import Any, Protocol, Self, cast
 
 from torch import Tensor, nn
 
@@ -39,6 +39,8 @@ class Run:
             rest counts as generated, so that one pass equals prefill and cached decoding.
         visual: bool (B, T) of visual tokens, where they cannot be read off input_ids.
         oracle: (B, V) or (V,), how much each visual token matters; set by tasks whose world knows.
+        checks_cache: raise an Error where a row would attend to a cache that misses keys of earlier tokens. For methods
+            that skip layers; costs a comparison a layer and is off by default.
         time_decisions: measure the wall time spent deciding (`trace.seconds_deciding`).
     """
 
@@ -51,6 +53,8 @@ class Run:
         self.visual: Tensor | None = None
         self.oracle: Tensor | None = None
         self.time_decisions = False
+        self.checks_cache = False
+        self.memories: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
         self.deferred: Deferred | None = None
         self._executor: Executor | None = None
         self.keeps_trace = True
@@ -75,8 +79,12 @@ class Run:
                     f"method = {method.name!r}: it works on experts, and {type(self.model).__name__} has none "
                     "(looked for layers with a router, gate or router, beside a module experts)"
                 )
-            if method.card.needs == "calibration" and not method.ready:
-                raise Error(f"method = {method.name!r}: needs calibration first: method = method.fit(model, batches)")
+            lacks = self.view.lacks(method.card.requires)
+            if lacks is not None:
+                raise Error(f"method = {method.name!r}: cannot work on {type(self.model).__name__}: {lacks}")
+            if method.card.needs != "nothing" and not method.ready:
+                needs = method.card.needs
+                raise Error(f"method = {method.name!r}: needs {needs} first: method = method.fit(model, batches)")
             method.check_model(self.model)
             other = seen.setdefault(method.card.axis, method)
             if other is not method:
@@ -88,6 +96,11 @@ class Run:
     def streams(self) -> list[StreamMethod]:
         """Methods of kind stream, those of enclosing runs first."""
         return [m for m in self._in_force if isinstance(m, StreamMethod)]
+
+    @property
+    def readers(self) -> list[StreamMethod]:
+        """Methods that read the prompt before anything is generated."""
+        return [m for m in self.streams if m.defines("read_prompt")]
 
     @property
     def routers(self) -> list[RoutingMethod]:

@@ -36,7 +36,10 @@ class Pass:
         self.phase = "prefill"
         self.methods: list[StreamMethod] = []
         self.routers: list[RoutingMethod] = []
+        self.readers: list[StreamMethod] = []
         self.cells: Cells | None = None
+        self.memory: dict[str, Any] = {}
+        self.reading = False  # only reads the prompt: no method acts
 
     # ---- what came in
 
@@ -48,9 +51,43 @@ class Pass:
         self.batch, self.width = hidden_BTD.shape[:2]
         self.device = hidden_BTD.device
         self.stream = Stream(self, self.view, hidden_BTD)
+        self._recall(cache)
+        if self.reading:
+            self.methods, self.routers = [], []
+            return
+        self.readers = [m for m in self.methods if m.defines("read_prompt")] if not self.read else []
         if self.run.keeps_trace:
             visual = int(self.visual_BT.sum()) if self.phase == "prefill" and self.run.sees_visual else 0
             self.cells = Cells(self.phase, self.batch * self.width, visual, self.batch, [], [])
+
+    @property
+    def read(self) -> bool:
+        """Whether the prompt has been read already, by a pass of its own or before decoding."""
+        return self.phase == "decode" or "read" in self.memory
+
+    def _recall(self, cache: Any) -> None:
+        """What was noted of these sequences; a pass without past begins afresh."""
+        if cache is not None:
+            if self.phase == "prefill":
+                self.run.memories[cache] = self.memory
+            else:
+                self.memory = self.run.memories.setdefault(cache, self.memory)
+        if "start" not in self.memory:  # column of the first generated token, of each row or of all
+            generated = self.generated_BT
+            if isinstance(generated, Tensor):
+                first_B = generated.int().argmax(1)
+                self.memory["start"] = torch.where(generated.any(1), first_B, self.width)
+            else:
+                self.memory["start"] = self.past if generated else self.width
+
+    @functools.cached_property
+    def step_BT(self) -> Tensor:
+        """(B, T) long: generated tokens before each column, below 0 in the prompt."""
+        start = self.memory["start"]
+        if isinstance(start, Tensor) and len(start) != self.batch:
+            raise Error(f"past_key_values: holds {len(start)} sequences, this pass has {self.batch}")
+        columns = self.past + torch.arange(self.width, device=self.device)
+        return (columns - (start[:, None] if isinstance(start, Tensor) else start)).expand(self.batch, -1)
 
     @functools.cached_property
     def mask2d(self) -> Tensor | None:
@@ -174,16 +211,27 @@ class Pass:
         stream = self.stream
         assert stream is not None
         stream.layer, stream.hidden, self.kwargs = index, hidden, kwargs
+        if self.reading:
+            self._read(stream, index)
+            return forward(hidden, **kwargs)
         stream.bypassed = stream.bypassed_attention = stream.bypassed_mlp = False
-        stream.frees_cache = False
-        stream._watch = None
+        stream.frees_cache = stream._watches_mlp = False
+        stream._watch = stream._replaced = stream._blend = None
+        if self.readers:
+            self._read(stream, index)
         if self.methods:
             self._decide(stream, index)
+        stream._mlp_input = None
         counter = self.run.trace.counter
         if counter is not None:
             counter.layer = index
         try:
-            out = self._run(stream, index, forward, cache, kwargs)
+            if stream._replaced is not None:
+                stream.frees_cache = True
+                self._skip(stream, index, cache)
+                out = stream._replaced(stream.hidden)
+            else:
+                out = self._run(stream, index, forward, cache, kwargs)
         finally:
             if counter is not None:
                 counter.layer = None
@@ -193,6 +241,11 @@ class Pass:
             stream.hidden, rest = out[0], out[1:]
         else:
             stream.hidden, rest = out, None
+        if stream._blend is not None:
+            weight = stream._blend[0][..., None].to(hidden.dtype)
+            stream.hidden = hidden + weight * (stream.hidden - hidden)
+        if isinstance(stream._mlp_input, tuple):  # a parallel MLP: its state is what the layer gives without it
+            stream._mlp_input = stream.hidden - stream._mlp_input[0]
         if index == len(self.view) - 1:
             result = stream.result()
         else:
@@ -204,6 +257,13 @@ class Pass:
             return f"before layer {index} of {stream.layers}, alive rows (B, N, D) = {tuple(stream.hidden.shape)}"
 
         self._ask([(m.name, m.before_layer) for m in self.methods], stream, index, where)
+
+    def _read(self, stream: Stream, index: int) -> None:
+        def where() -> str:
+            return f"reading the prompt before layer {index} of {stream.layers}"
+
+        readers = self.run.readers if self.reading else self.readers
+        self._ask([(m.name, m.read_prompt) for m in readers], stream, index, where)  # type: ignore[attr-defined]
 
     def _ask(self, verbs: list[tuple[str, Callable[..., None]]], of: Any, index: int, where: Callable[[], str]) -> None:
         """Let methods decide; their time counts as deciding, and what they raise says where."""
@@ -249,6 +309,10 @@ class Pass:
             if entry is not None:
                 check_dynamic(entry)
             kwargs[self._cache_name] = self._tap
+        if stream._blend is not None and stream._blend[1]:
+            if cache is not None or bypassed is not False or sub:
+                raise Error("blend: hide = True: needs a pass without cache (use_cache=False), and nothing bypassed")
+            kwargs["attention_mask"] = self._native(self._hiding(stream, stream._blend[0]), None)
         whole = stream.whole and slot is None and not stream._compact
         if whole and not sub and not isinstance(entry, RaggedLayer):
             self._record(stream, hidden.shape[1], None)
@@ -257,18 +321,25 @@ class Pass:
         x = hidden if slot is None else take(hidden, slot)
         columns = stream.index if slot is None else take(stream.index, slot)
         if sub:
-            attn = self._sublayer_rows(stream.bypassed_attention, slot, valid, x)
-            mlp = self._sublayer_rows(stream.bypassed_mlp, slot, valid, x)
-            self.executor.sublayer = (attn, mlp)
+            attn_BN = self._sublayer_rows(stream.bypassed_attention, slot, valid, x)
+            mlp_BN = self._sublayer_rows(stream.bypassed_mlp, slot, valid, x)
+            attn = None if attn_BN is None else pack(attn_BN)
+            self.executor.sublayer = (attn, mlp_BN)
             if attn is not None:
                 columns = take(columns, attn[0])
                 valid = attn[1] if valid is None or attn[1] is not None else None
         try:
             self._arguments(stream, index, cache, kwargs, columns, valid)
-            self._record(stream, x.shape[1], columns)
+            share = 1.0
+            if sub and self.cells is not None:
+                weight = self.executor.weights(index)
+                ran = [m if m is None else float(m.sum()) / max(m.numel(), 1) for m in (attn_BN, mlp_BN)]
+                share = sum(w * (1.0 if r is None else r) for w, r in zip(weight, ran))
+            self._record(stream, x.shape[1], columns, share)
+            stream._running = None if slot is None else take(stream.index, slot)
             out = forward(x, **kwargs)
         finally:
-            self.executor.sublayer = None
+            self.executor.sublayer = stream._running = None
         if slot is None:
             return out
         rows, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
@@ -284,14 +355,24 @@ class Pass:
 
     def _sublayer_rows(
         self, bypassed: Tensor | bool, slot: Tensor | None, valid: Tensor | None, x: Tensor
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """Slots (within the layer's rows) that run a sub-layer; None if all do."""
+    ) -> Tensor | None:
+        """Which of the layer's rows run a sub-layer, bool (B, N); None if all do."""
         if bypassed is False:
             return None
         if bypassed is True:
-            return torch.zeros(x.shape[0], 0, dtype=torch.long, device=x.device), None
+            return torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         run = ~(bypassed if slot is None else take(bypassed, slot))
-        return pack(run if valid is None else run & valid)
+        return run if valid is None else run & valid
+
+    def _hiding(self, stream: Stream, weight_BN: Tensor) -> Tensor:
+        """(B, 1, N, N) bool: what rows see where rows of weight 0 are no keys; every row sees itself."""
+        N = weight_BN.shape[1]
+        slots = torch.arange(N, device=weight_BN.device)
+        seen = stream._visible(slots.expand(self.batch, -1), None)
+        if seen is None:
+            seen = (slots[None, :] <= slots[:, None]).expand(self.batch, -1, -1)
+        own = torch.eye(N, dtype=torch.bool, device=weight_BN.device)
+        return ((seen & (weight_BN > 0)[:, None, :]) | own)[:, None]
 
     def _skip(self, stream: Stream, index: int, cache: Any) -> None:
         """No row runs this layer: keep its cache's logical length in step."""
@@ -320,6 +401,8 @@ class Pass:
                 unpadded = take(self.pad_BT, columns)
                 visible = unpadded if valid is None else unpadded & valid
             entry.extend(self.past + columns, visible, self.past + self.width)
+            if self.run.checks_cache:
+                self._check_cache(entry, index, columns, valid)
         if full is not None:
             if stream._compact:
                 rope = stream.rope()
@@ -344,6 +427,25 @@ class Pass:
                     else tuple(take(x, columns) for x in full)
                 )
         kwargs["attention_mask"] = self._mask(stream, entry, kwargs.get("attention_mask"), columns, valid)
+
+    def _check_cache(self, entry: RaggedLayer, index: int, columns: Tensor, valid: Tensor | None) -> None:
+        """Every row that runs finds the keys of all unpadded columns before it."""
+        query = self.past + columns
+        there = entry.columns[:, None, :] <= query[:, :, None]
+        if entry.visible is not None:
+            there = there & entry.visible[:, None, :]
+        if self.mask2d is None:
+            wanted = query + 1
+        else:
+            wanted = self.mask2d.cumsum(1).gather(1, query)
+        missing = wanted - there.sum(2)
+        if valid is not None:
+            missing = missing.masked_fill(~valid, 0)
+        if self.pad_BT is not None:
+            missing = missing.masked_fill(~take(self.pad_BT, columns), 0)
+        if bool((missing > 0).any()):
+            row = int((missing > 0).any(1).nonzero()[0])
+            raise Error(f"cache: layer {index} would attend without {int(missing[row].max())} keys of sequence {row}")
 
     def _gap(self, stream: Stream, ids: Tensor | None) -> Tensor:
         """(B,) how far positions after the pass lie below the original ones."""
@@ -379,12 +481,14 @@ class Pass:
                 cut = cut.masked_fill(hidden, torch.finfo(cut.dtype).min).masked_fill(~valid[:, None, :, None], 0)
         return cut
 
-    def _native(self, mask: Tensor | None, entry: RaggedLayer) -> Any:
+    def _native(self, mask: Tensor | None, entry: RaggedLayer | None) -> Any:
         """A bool mask in the form the model's attention takes."""
         kind = self.view.config._attn_implementation
         if mask is None or kind == "sdpa":
             return mask
         if "flash" in str(kind):
+            if entry is None:
+                raise Error("attn_implementation: flash attention takes no mask of single keys; train under sdpa")
             return entry.visible
         dtype = next(self.view.decoder.parameters()).dtype
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
@@ -408,11 +512,12 @@ class Pass:
 
     # ---- trace
 
-    def _record(self, stream: Stream, rows: int, columns: Tensor | None) -> None:
+    def _record(self, stream: Stream, rows: int, columns: Tensor | None, share: float = 1.0) -> None:
+        """`share`: of the layer's work that these rows do, where they skip sub-layers."""
         cells = self.cells
         if cells is None:
             return
-        cells.rows.append(self.batch * rows)
+        cells.rows.append(self.batch * rows * share)
         if not cells.visual or not rows:
             cells.visual_rows.append(0)
         elif stream.whole and columns is None:
@@ -446,6 +551,7 @@ class Executor:
         self.sublayer: tuple[Any, Any] | None = None
         self._seen: dict[str, Any] = {}
         self._logits: Any = None
+        self._weights: dict[int, tuple[float, float]] = {}
         self._patched: list[nn.Module] = []
         self._hooks: list[Any] = []
         self._signature = inspect.signature(view.decoder.forward)
@@ -457,8 +563,11 @@ class Executor:
             self._hooks.append(model.register_forward_pre_hook(self._outside, with_kwargs=True))
         self._hooks.append(decoder.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._hooks.append(decoder.register_forward_hook(self._end, always_call=True))
+        wraps = any(m.defines("attend") or m.defines("feed_forward") for m in self.run.streams)
         for layer in self.view.layers:
             self._patch(layer.module, functools.partial(self._layer, layer.index))
+            if wraps:
+                self.patch_sublayers(layer.index)
             if self.run.routers and layer.experts is not None:
                 self._hooks.append(layer.experts.router.register_forward_hook(self._routed))
                 self._patch(layer.experts.module, functools.partial(self._experts, layer.index))
@@ -495,7 +604,31 @@ class Executor:
         given = self._signature.bind_partial(*args, **kwargs).arguments if args else kwargs
         inputs = {k: given.get(k) for k in ("attention_mask", "position_ids", "input_ids")}
         inputs.update({k: v for k, v in self._seen.items() if inputs.get(k) is None})
+        memory = self._look_ahead(module, args, kwargs, inputs)
         self.now = Pass(self, inputs)
+        self.now.memory = memory
+
+    def _look_ahead(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What methods note of a prompt that shares its pass with generated tokens: read it in a pass of its own.
+
+        Causal layers let the prompt see nothing behind it, so the rest of the columns may stay.
+        """
+        given = dict(self._signature.bind_partial(*args, **kwargs).arguments)
+        given.update(given.pop("kwargs", {}))
+        cache = given.get("past_key_values")
+        columns = next(given[k].shape[1] for k in ("input_ids", "inputs_embeds") if given.get(k) is not None)
+        prompt = self.run.prompt
+        alone = prompt is None or (isinstance(prompt, int) and prompt >= columns)
+        if alone or not self.run.readers or (cache is not None and cache.get_seq_length()):
+            return {}
+        self.now = ahead = Pass(self, inputs)
+        ahead.reading = True
+        with torch.no_grad():
+            module.forward(**{**given, "past_key_values": None, "use_cache": False})
+        ahead.memory["read"] = True
+        return ahead.memory
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         work, self.now = self.now, None
@@ -524,21 +657,73 @@ class Executor:
         layer = self.view.layers[index]
         for which, module in enumerate((layer.attention, layer.mlp)):
             if module is not None and module not in self._patched:
-                self._patch(module, functools.partial(self._sublayer, which))
+                self._patch(module, functools.partial(self._sublayer, which, index))
 
-    def _sublayer(self, which: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        rows = self.sublayer[which] if self.sublayer is not None else None
-        if rows is None:
+    def weights(self, index: int) -> tuple[float, float]:
+        """Shares of a layer's work in its attention and its MLP: weights that a token meets."""
+        if index not in self._weights:
+            layer = self.view.layers[index]
+            sizes = [
+                sum(p.numel() for p in m.parameters()) if m is not None else 0 for m in (layer.attention, layer.mlp)
+            ]
+            experts = layer.experts
+            if experts is not None:
+                idle = sum(p.numel() for p in experts.module.parameters()) * (1 - experts.top_k / experts.count)
+                sizes[1] = round(sizes[1] - idle)
+            self._weights[index] = (sizes[0] / sum(sizes), sizes[1] / sum(sizes))
+        return self._weights[index]
+
+    def watch_mlp(self, index: int) -> None:
+        self.patch_sublayers(index)
+        layer = self.view.layers[index]
+        norm = layer.mlp_norm
+        if norm is not None and not isinstance(layer.norm, nn.Identity) and norm not in self._patched:
+            self._patch(norm, self._before_norm)
+
+    def _before_norm(self, forward: Callable[..., Any], x: Tensor) -> Tensor:
+        """Notes the state that enters an MLP behind its norm, unless attention and MLP run side by side."""
+        stream = self.now.stream if self.now is not None else None
+        if stream is not None and stream._watches_mlp and x is not stream.hidden:
+            stream._mlp_input = x
+        return forward(x)
+
+    def _sublayer(self, which: int, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Attention (0) or MLP (1) of layer `index` on the rows that run it, by the method that runs it its own way."""
+        work, stream = self.now, self.now.stream if self.now is not None else None
+        if work is None or stream is None or work.reading:
             return forward(*args, **kwargs)
         x = args[0] if args else kwargs.pop("hidden_states")
+        rest: list[Any] = []
+
+        def own(x_BND: Tensor) -> Tensor:
+            out = forward(x_BND, *args[1:], **kwargs)
+            rest[:] = out[1:] if isinstance(out, tuple) else ()
+            return out[0] if isinstance(out, tuple) else out
+
+        run = own
+        for method in work.methods:
+            if method.defines(("attend", "feed_forward")[which]):
+                verb = getattr(method, ("attend", "feed_forward")[which])
+                run = functools.partial(verb, stream, self.view.layers[index], forward=run)
+        out = self._on_rows(which, run, x)
+        if which == 1 and stream._watches_mlp and stream._mlp_input is None:
+            after = isinstance(self.view.layers[index].norm, nn.Identity)  # a post-norm layer's MLP reads the state
+            stream._mlp_input = x if after else (out,)  # type: ignore[assignment]
+        return (out, *(rest or (None,))) if which == 0 else (out, *rest) if rest else out
+
+    def _on_rows(self, which: int, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        rows = self.sublayer[which] if self.sublayer is not None else None
+        if rows is None:
+            return run(x)
+        if which == 1:  # tokens are alone in an MLP: one gathered batch of all rows that run it
+            if not bool(rows.any()):
+                return torch.zeros_like(x)
+            return torch.zeros_like(x).index_put((rows,), run(x[rows][None])[0].to(x.dtype))
         slot, valid = rows
         if slot.shape[1] == 0:
-            zero = torch.zeros_like(x)
-            return (zero, None) if which == 0 else zero
-        out = forward(take(x, slot), *args[1:], **kwargs)
-        part = out[0] if isinstance(out, tuple) else out
+            return torch.zeros_like(x)
+        part = run(take(x, slot))
         if valid is not None:
             part = part * valid[..., None]
         at = torch.arange(x.shape[0], device=x.device)[:, None].expand_as(slot)
-        full = torch.zeros_like(x).index_put((at, slot), part.to(x.dtype), accumulate=True)
-        return (full, *out[1:]) if isinstance(out, tuple) else full
+        return torch.zeros_like(x).index_put((at, slot), part.to(x.dtype), accumulate=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
@@ -91,12 +92,31 @@ class ScheduledTokens(StreamMethod):
 
 @dataclass(frozen=True)
 class ScheduledLayers(StreamMethod):
-    """Base of methods and controls in which generated tokens run layers fixed by the model's depth alone."""
+    """Base of methods and controls in which generated tokens run layers fixed by the model's depth and their position.
+
+    A layer that generated tokens have left they never run again, so every layer that runs finds the keys of all tokens
+    before it, and what a left layer holds is given back at once. `run.checks_cache` proves it while it runs.
+
+    A class with a field `prompt` that is True sends the prompt through the same layers, as a static cut does.
+    """
 
     def layer_set(self, L: int) -> tuple[int, ...]:
         """Kept layers of L, rising."""
         raise Error(f"{type(self).__name__} defines no layer_set")
 
+    def lasts(self, layer: int, L: int) -> float:
+        """How many generated tokens of a sequence run this layer of L: the first so many, 0 or infinitely many."""
+        return math.inf if layer in self.layer_set(L) else 0
+
     def before_layer(self, stream: Stream, layer: int) -> None:
-        if layer not in self.layer_set(stream.layers):
+        lasts = self.lasts(layer, stream.layers)
+        if lasts == math.inf:
+            return
+        if getattr(self, "prompt", False):
+            stream.bypass()
+        elif lasts == 0:
             stream.bypass(stream.generated, free=True)
+        elif stream.common_step is not None:
+            stream.bypass(stream.common_step >= lasts, free=True)
+        elif stream.generated is not False:
+            stream.bypass((stream.step >= lasts) & stream.generated, free=True)

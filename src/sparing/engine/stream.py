@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,25 @@ if TYPE_CHECKING:
 class StreamMethod(Method):
     """A method that looks at the alive tokens before each layer and says which of them go on.
 
-    The engine calls `before_layer` on every pass of the method's phase, in layer order.
+    The engine calls `before_layer` on every pass of the method's phase, in layer order. The other verbs are optional
+    and cost nothing where a method does not define them:
+
+    - `read_prompt(stream, layer)`: look at the prompt's rows before each layer, and note in `stream.memory` what the
+      generated tokens will need. The prompt is read to the end before any generated token runs, also where both are
+      in one pass.
+    - `attend(stream, layer, x_BND, forward)` and `feed_forward(stream, layer, x_BND, forward)`: run in place of the
+      layer's attention or MLP module. `x_BND` is what that module gets, `forward(x_BND)` is the module itself; what
+      comes back goes where the module's output goes. `layer` is a `LayerView`.
     """
 
     def before_layer(self, stream: Stream, layer: int) -> None:
         """Drop, hold, release, merge, bypass or exit tokens of `stream` before layer `layer` (0-based) runs."""
         raise Error(f"{type(self).__name__} defines no before_layer")
+
+    @classmethod
+    def defines(cls, verb: str) -> bool:
+        """Whether the optional verb of that name is defined."""
+        return hasattr(cls, verb)
 
     def shares(self, shape: Shape) -> tuple[float, ...]:
         """Share of visual tokens that runs each layer, length L (token methods)."""
@@ -96,6 +110,11 @@ class Stream:
         self.bypassed_attention: Tensor | bool = False
         self.bypassed_mlp: Tensor | bool = False
         self.frees_cache = False
+        self._replaced: Callable[[Tensor], Tensor] | None = None
+        self._blend: tuple[Tensor, bool] | None = None
+        self._running: Tensor | None = None  # columns of the rows inside the layer that runs now, if not all
+        self._watches_mlp = False
+        self._mlp_input: Tensor | None = None
         self._weight: Tensor | None = None  # (B, N) factor on the values that attention reads
         self._watch: tuple[Tensor, Tensor | None, Tensor | None] | None = None  # query, validity, visibility
         self._watched: tuple[tuple[Tensor, Tensor | None, Tensor | None], Tensor] | None = None  # … and keys
@@ -138,9 +157,38 @@ class Stream:
 
     @property
     def generated(self) -> Tensor | bool:
-        """Rows that are generated, not prompt: False (none), True (all, as in cached decoding) or bool (B, N)."""
+        """Rows that are generated, not prompt: False (none), True (all, as in cached decoding) or bool (B, N).
+
+        Inside `attend` and `feed_forward`: of the rows that the layer runs.
+        """
         generated = self._work.generated_BT
-        return generated if isinstance(generated, bool) else self._pick(generated)
+        if isinstance(generated, bool):
+            return generated
+        return self._pick(generated) if self._running is None else take(generated, self._running)
+
+    @property
+    def step(self) -> Tensor:
+        """(B, N) long: how many generated tokens stand before each row in its sequence; below 0 in the prompt."""
+        step = self._work.step_BT
+        return step if self.whole else take(step, self.index)
+
+    @property
+    def common_step(self) -> int | None:
+        """`step` where it is one number for all rows, as in plain generation; None in any other pass."""
+        start = self._work.memory["start"]
+        return (
+            self._work.past - start if self.phase == "decode" and self.width == 1 and isinstance(start, int) else None
+        )
+
+    @property
+    def prompt(self) -> Tensor:
+        """(B, N) bool: unpadded rows of the prompt."""
+        return self._pick(self._work.prompt_BT)
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """What methods note of the sequences of this batch; it lives as long as their KV cache."""
+        return self._work.memory
 
     @property
     def queries(self) -> Tensor:
@@ -474,6 +522,38 @@ class Stream:
         """
         self.bypassed = _either(self.bypassed, mask_BN)
         self.frees_cache = self.frees_cache or free
+
+    def replace(self, function: Callable[[Tensor], Tensor]) -> None:
+        """The coming layer does not run: every row goes through `function` (x_BND -> (B, N, D)) instead.
+
+        It leaves no keys, and the layer's cache is given back.
+        """
+        self._replaced = function
+
+    def blend(self, weight_BN: Tensor, *, hide: bool = False) -> None:
+        """The coming layer adds only a part of what it does: h + weight (F(h) - h). For training with a gradient.
+
+        Args:
+            weight_BN: in [0, 1]; every row runs, also those of weight 0.
+            hide: other rows do not see the keys of rows of weight 0 (a row always sees its own), as where they had not
+                run. Needs a pass without cache.
+        """
+        self._blend = (weight_BN, hide)
+
+    def watch_mlp(self) -> None:
+        """Remember the state that enters the coming layer's MLP; `watched_mlp` returns it from the next layer on."""
+        self._watches_mlp = True
+        self._work.executor.watch_mlp(self.layer)
+
+    def watched_mlp(self) -> tuple[Tensor, Tensor]:
+        """The state (B, N, D) that entered the MLP of the layer before, its norm not applied, and the state after it.
+
+        Raises:
+            Error: that layer was not watched.
+        """
+        if self._mlp_input is None:
+            raise Error("watched_mlp: the MLP of the layer before this one was not watched")
+        return self._mlp_input, self.hidden
 
     def bypass_attention(self, mask_BN: Tensor | bool = True) -> None:
         """These rows skip the coming layer's attention (and leave no keys there) but run its MLP."""

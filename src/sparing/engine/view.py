@@ -203,6 +203,26 @@ def _width(norm: nn.Module) -> int:
     return int(weight.shape[-1])
 
 
+def _plain_mlp(layer: LayerView) -> str | None:
+    return None if layer.neurons else "has no plain MLP (gate_proj, up_proj and down_proj, or gate_up_proj)"
+
+
+def _own_mlp(layer: LayerView) -> str | None:
+    return None if layer.mlp is not None else "has no MLP module of its own (mlp, feed_forward, block_sparse_moe)"
+
+
+def _scores(layer: LayerView) -> str | None:
+    return (
+        None
+        if layer.groups
+        else "projects queries and keys by no matrices of their own (q_proj and k_proj, or qkv_proj)"
+    )
+
+
+#: Parts that methods may require of every layer -> what says that a layer lacks it.
+PARTS: dict[str, Callable[[LayerView], str | None]] = {"mlp": _own_mlp, "neurons": _plain_mlp, "scores": _scores}
+
+
 class View:
     """A model seen as a stack of decoder layers, with its visual tokens.
 
@@ -261,6 +281,15 @@ class View:
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    def lacks(self, parts: tuple[str, ...]) -> str | None:
+        """What a method that requires these parts (of `PARTS`) does not find, None if all are there."""
+        for part in parts:
+            for layer in self.layers:
+                missing = PARTS[part](layer)
+                if missing is not None:
+                    return f"layer {layer.index} ({type(layer.module).__name__}) {missing}"
+        return None
 
     @property
     def rotary(self) -> nn.Module | None:

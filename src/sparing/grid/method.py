@@ -50,6 +50,8 @@ class Card:
         visual: works on visual tokens, so needs a vision-language model.
         saves: "flops", or "memory" where as much is executed with fewer weights.
         bitwise: at full budget the dense model's output comes out bit for bit.
+        requires: parts of a model that it works on, of `sparing.engine.view.PARTS`: "mlp", "neurons", "scores".
+        fits_budget: what is fitted holds for the one budget that it was fitted at, so each budget is fitted by itself.
         is_control: this "method" is a yardstick, not a publication.
     """
 
@@ -66,6 +68,8 @@ class Card:
     visual: bool = False
     saves: str = "flops"
     bitwise: bool = True
+    requires: tuple[str, ...] = ()
+    fits_budget: bool = False
     is_control: bool = False
 
 

@@ -99,7 +99,8 @@ class Cells:
         phase: "prefill" (no past) or "decode".
         tokens: token columns of the pass, B * T.
         visual: visual tokens among them.
-        rows: per layer, token rows that ran it (padding of unequal batches included: it is executed).
+        rows: per layer, token rows that ran it (padding of unequal batches included: it is executed). Rows that skipped
+            a sub-layer count by the share of the layer's active weights in the other one.
         visual_rows: per layer, visual rows among them.
         pairs: per layer, pairs of token and expert that ran; only where a routing method is attached.
         all_pairs: per layer, pairs that the router chose.
@@ -111,7 +112,7 @@ class Cells:
     tokens: int
     visual: int
     batch: int
-    rows: list[int]
+    rows: list[float]
     visual_rows: list[int]
     index: list[Tensor | None] = field(default_factory=list)
     pairs: list[int] = field(default_factory=list)
@@ -169,7 +170,7 @@ class Trace:
             axis: "tokens", "depth" or "experts".
             phase: only passes of this phase; default all.
         """
-        ran = full = 0
+        ran, full = 0.0, 0
         for c in self.cells:
             if phase in (None, c.phase) and axis == "experts":
                 ran, full = ran + sum(c.pairs), full + sum(c.all_pairs)

@@ -152,6 +152,8 @@ def cannot(card: Card, architecture: str) -> str | None:
         return "works on visual tokens, the model reads text only"
     if card.axis == "experts" and not any(layer.experts for layer in view.layers):
         return "works on experts, the model has none"
+    if card.requires:
+        return view.lacks(card.requires)
     if card.axis == "width" and not all(layer.groups and layer.neurons for layer in view.layers):
         return "cuts KV groups and neurons, the model's projections do not fall apart into them"
     return None
