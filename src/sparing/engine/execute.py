@@ -216,6 +216,7 @@ class Pass:
             return forward(hidden, **kwargs)
         stream.bypassed = stream.bypassed_attention = stream.bypassed_mlp = False
         stream.frees_cache = stream._watches_mlp = False
+        stream._mlp_share = 1.0
         stream._watch = stream._replaced = stream._blend = None
         if self.readers:
             self._read(stream, index)
@@ -235,6 +236,9 @@ class Pass:
         finally:
             if counter is not None:
                 counter.layer = None
+        if stream._mlp_share != 1 and self.cells is not None:
+            attention, mlp = self.executor.weights(index)
+            self.cells.rows[-1] *= attention + mlp * stream._mlp_share
         keys = self._tap.keys
         stream._watched = (stream._watch, keys) if stream._watch is not None and keys is not None else None
         if isinstance(out, tuple):

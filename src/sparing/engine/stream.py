@@ -113,6 +113,7 @@ class Stream:
         self._replaced: Callable[[Tensor], Tensor] | None = None
         self._blend: tuple[Tensor, bool] | None = None
         self._running: Tensor | None = None  # columns of the rows inside the layer that runs now, if not all
+        self._mlp_share = 1.0
         self._watches_mlp = False
         self._mlp_input: Tensor | None = None
         self._weight: Tensor | None = None  # (B, N) factor on the values that attention reads
@@ -539,6 +540,10 @@ class Stream:
                 run. Needs a pass without cache.
         """
         self._blend = (weight_BN, hide)
+
+    def mlp_share(self, share: float) -> None:
+        """For `feed_forward`: the share of the layer's MLP that its rows really ran, on average. The trace says it."""
+        self._mlp_share = share
 
     def watch_mlp(self) -> None:
         """Remember the state that enters the coming layer's MLP; `watched_mlp` returns it from the next layer on."""
