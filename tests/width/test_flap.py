@@ -14,12 +14,12 @@ from torch import Tensor
 
 import sparing
 from sparing.engine.surgery import LayerCut, Plan, cut, masked
-from sparing.engine.units import Moments, compensation, statistics
+from sparing.engine.units import Moments, compensation, fluctuation, statistics
 from sparing.engine.view import View
 from sparing.grid.method import BudgetError, Shape
 from sparing.grid.score import standardise
 from sparing.testing.models import build, prompt
-from sparing.width.flap import Flap, _aligned, _fill, fluctuation
+from sparing.width.flap import Flap, _aligned, _fill
 
 # The card's small example: four one-token samples, three channels.
 X = torch.tensor([[1.0, 2, 0], [3, 2, 1], [5, 2, 5], [3, 2, 2]])

@@ -276,13 +276,15 @@ def _left(linear: nn.Module, bias: Tensor | None) -> Tensor | None:
     return sum(both[1:], both[0]).to(weight.dtype if old is None else old.dtype, copy=True) if both else None
 
 
-def _drop_attention(layer: LayerView, bias: Tensor | None = None) -> None:
+def drop_attention(layer: LayerView, bias: Tensor | None = None) -> None:
+    """Put in place of a layer's attention what adds `bias` or nothing."""
     hidden = layer.projection("o_proj").out_features
     place = getattr(layer.attention, "layer_idx", layer.index)
     _put(layer, layer.attention, NoAttention(hidden, layer.head_dim, place, bias))
 
 
-def _drop_mlp(layer: LayerView, hidden: int, bias: Tensor | None = None) -> None:
+def drop_mlp(layer: LayerView, hidden: int, bias: Tensor | None = None) -> None:
+    """Put in place of a layer's MLP or experts what adds `bias` or nothing."""
     _put(layer, layer.mlp, NoMLP(hidden, bias))
 
 
@@ -290,7 +292,7 @@ def cut_attention(layer: LayerView, cut: LayerCut) -> None:
     attention: Any = layer.attention
     groups = cut.groups
     if layer.groups == 0 or (groups is not None and groups.numel() == 0):
-        _drop_attention(layer, _left(layer.projection("o_proj"), cut.attention_bias))
+        drop_attention(layer, _left(layer.projection("o_proj"), cut.attention_bias))
         return
     if groups is None:
         _slice(layer.projection("o_proj"), None, None, cut.attention_bias)
@@ -320,7 +322,7 @@ def cut_mlp(layer: LayerView, cut: LayerCut) -> None:
     down = layer.projection("down_proj")
     neurons = cut.neurons
     if layer.neurons == 0 or (neurons is not None and neurons.numel() == 0):
-        _drop_mlp(layer, down.out_features, _left(down, cut.mlp_bias))
+        drop_mlp(layer, down.out_features, _left(down, cut.mlp_bias))
         return
     if neurons is not None:
         fused = layer.fused_gate_up
@@ -344,11 +346,11 @@ def cut_(model: nn.Module, plan: Plan) -> nn.Module:
             continue
         kept.append(layer)
         if not part.attention and layer.attention is not None:
-            _drop_attention(layer)
+            drop_attention(layer)
         elif part.groups is not None or part.attention_bias is not None:
             cut_attention(layer, part)
         if not part.mlp and layer.mlp is not None:
-            _drop_mlp(layer, int(view.config.hidden_size))
+            drop_mlp(layer, int(view.config.hidden_size))
         elif part.experts is not None:
             cut_experts(layer, part.experts)
         elif part.neurons is not None or part.mlp_bias is not None:

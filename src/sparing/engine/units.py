@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sparing.engine.surgery import LayerCut, Plan, SurgeryMethod
 from sparing.engine.view import LayerView, View, evaluating, heads_a_group
 from sparing.grid.method import Error, Method, Shape, flag, numbers, state_check
+from sparing.grid.score import standardise
 
 
 def rounded(count: int, total: int, multiple: int) -> int:
@@ -159,6 +160,29 @@ def statistics(moments: Moments, weight_DC: Tensor) -> dict[str, Tensor]:
         "weight2": weight.square().sum(0),
     }
     return {name: value.float().cpu() for name, value in found.items()}
+
+
+def fluctuation(metric: str, var: Tensor, norm: Tensor, weight1: Tensor, weight2: Tensor) -> Tensor:
+    """S of each channel, (C,); the arguments are named as in `statistics`."""
+    if metric == "WIFN":
+        return weight1 * norm
+    return var * weight2 if metric == "WIFV" else var
+
+
+def unit_scores(state: Mapping[str, Tensor], site: str, layer: int, *, metric: str = "WIFV", power: int = 1) -> Tensor:
+    """How much the groups ("attention") or neurons ("mlp") of a layer matter, float64 (units,), comparable over layers.
+
+    Fluctuation of each channel (FLAP, arXiv 2312.11983), standardised inside the module, mean over a unit's channels.
+
+    Args:
+        state: of `calibrate`.
+        metric: WIFV | IFV | WIFN, see `fluctuation`.
+        power: that the channel's score is raised to before it is standardised.
+    """
+    found = {k: state[f"{site}.{k}.{layer}"].double() for k in ("var", "norm", "weight1", "weight2")}
+    score_C = fluctuation(metric, **found) ** power
+    score_C = standardise(score_C) if len(score_C) > 1 else torch.zeros_like(score_C)
+    return score_C.reshape(-1, int(state[f"{site}.unit.{layer}"][0])).mean(-1)
 
 
 def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -61,3 +61,27 @@ def standardise(x: Tensor) -> Tensor:
     """z-scores along the last dimension, (x - mean) / std with N-1; zero where all values are equal."""
     std = x.std(dim=-1, keepdim=True)
     return torch.where(std > 0, (x - x.mean(-1, keepdim=True)) / std, torch.zeros_like(x))
+
+
+def divergence(p_logits: Tensor, q_logits: Tensor, *, top_k: int | None = None, chunk: int = 1024) -> Tensor:
+    """KL(p || q) in nats at every position, float32, of distributions given by logits over the last dimension.
+
+    Args:
+        p_logits, q_logits: (…, V).
+        top_k: only p's k likeliest entries, both distributions renormalised over them; None takes all.
+        chunk: positions at a time, so that float32 copies of all logits are never held.
+
+    >>> p, q = torch.tensor([0.7, 0.2, 0.1]).log(), torch.tensor([0.5, 0.3, 0.2]).log()
+    >>> round(divergence(p, q).item(), 6)
+    0.085123
+    """
+    flat = [x.reshape(-1, x.shape[-1]) for x in (p_logits, q_logits)]
+    out = []
+    for p_NV, q_NV in zip(flat[0].split(chunk), flat[1].split(chunk), strict=True):
+        if top_k is not None and top_k < p_NV.shape[-1]:
+            index = p_NV.topk(top_k, dim=-1).indices
+            p_NV, q_NV = p_NV.gather(-1, index), q_NV.gather(-1, index)
+        logp, logq = p_NV.float().log_softmax(-1), q_NV.float().log_softmax(-1)
+        gap = torch.where(logp > -torch.inf, logp - logq, torch.zeros_like(logp))
+        out.append((logp.exp() * gap).sum(-1))
+    return torch.cat(out).reshape(p_logits.shape[:-1])

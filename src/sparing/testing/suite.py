@@ -66,9 +66,9 @@ def check(name: str, applies: Callable[[Card], bool] = lambda card: True, *, ref
 
 @functools.cache
 def _state(method: Any, architecture: str) -> tuple[tuple[str, Tensor], ...]:
-    """What a method class learns on the tiny model, once for all budgets."""
+    """What a method with these fields learns on the tiny model, once for all checks."""
     torch.manual_seed(0)
-    fitted = method().fit(build(architecture), fitting_data(architecture))
+    fitted = method.fit(build(architecture), fitting_data(architecture))
     return tuple(fitted.state.items())
 
 
@@ -109,9 +109,7 @@ class Subject:
     def at(self, budget: str = "cut") -> Method:
         """The method at "full", "mid" or "cut", ready to run on `model`."""
         base = self._given(self.budgets[budget]) if budget in self.budgets else self._spread(KEEP[budget])
-        if self.needs_state(base):
-            base = base.with_state(dict(_state(cast(Any, self.method), self.architecture)))
-        return base
+        return base if base.state else self._fitted(base)
 
     def needs_state(self, method: Method) -> bool:
         """Whether it has to be fitted before it runs."""
@@ -124,10 +122,19 @@ class Subject:
         return found
 
     def _spread(self, keep: float) -> Method:
-        base = self.method()
-        if self.needs_state(base):
-            base = base.with_state(dict(_state(cast(Any, self.method), self.architecture)))
+        base = self._given(self.budgets["fit"]) if "fit" in self.budgets else self.method()
+        if not self.card.fits_budget:
+            base = self._fitted(base)
         return base.at(keep, View(self.model).shape)
+
+    def _fitted(self, base: Method) -> Method:
+        """With what it learns: at this budget if the fit belongs to one, else once for all."""
+        if not self.needs_state(base):
+            return base
+        learner = base if self.card.fits_budget else self.method()
+        if "fit" in self.budgets and not self.card.fits_budget:
+            learner = self._given(self.budgets["fit"])
+        return base.with_state(dict(_state(cast(Any, learner), self.architecture)))
 
     def attach(self, method: Method, **options: Any) -> Any:
         """`sparing.attach`, with a truth for the oracle."""
@@ -233,8 +240,8 @@ def cases(
         architectures: of `sparing.testing.ARCHITECTURES`.
         checks: names of checks; default all that the Card calls for.
         budgets: method name, or "method architecture" -> {"full": text, "mid": text, "cut": text}, for methods whose
-            `at` cannot spread a budget over six layers, or to check other settings than the defaults; added to those of
-            `sparing.testing.settings`.
+            `at` cannot spread a budget over six layers, or to check other settings than the defaults; "fit": text
+            is for settings that make fitting short. Added to those of `sparing.testing.settings`.
 
     Raises:
         Error: an unknown method, architecture or check.

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sparing.engine.surgery import Plan, SurgeryMethod
-from sparing.engine.units import calibrate, keep_units, rounded
+from sparing.engine.units import calibrate, keep_units, rounded, unit_scores
 from sparing.grid.method import BudgetError, Card, Error, Shape, choice, flag, integer, register, share
-from sparing.grid.score import standardise
 from sparing.grid.select import top_k
 
 
@@ -156,12 +155,8 @@ class Flap(SurgeryMethod):
 
     def scores(self, site: str, layer: int) -> Tensor:
         """S^ of the groups or neurons of a layer, float64 (units,)."""
-        found = {k: self.state[f"{site}.{k}.{layer}"].double() for k in ("var", "norm", "weight1", "weight2")}
-        score_C = fluctuation(self.metric, **found)
-        if site == "attention" and self.square_attention:
-            score_C = score_C**2
-        score_C = standardise(score_C) if len(score_C) > 1 else torch.zeros_like(score_C)
-        return score_C.reshape(-1, int(self.state[f"{site}.unit.{layer}"][0])).mean(-1)
+        power = 2 if site == "attention" and self.square_attention else 1
+        return unit_scores(self.state, site, layer, metric=self.metric, power=power)
 
     def _reachable(self, heads: list[Tensor], neurons: list[Tensor], wanted: float) -> None:
         most, there = min(map(len, heads)), sum(map(len, neurons))
@@ -172,13 +167,6 @@ class Flap(SurgeryMethod):
                 f"flap: p = {self.p:g} with heads = {self.heads}: would keep {wanted:.0f} of {there} neurons; "
                 f"{'lower' if wanted < 0 else 'raise'} heads"
             )
-
-
-def fluctuation(metric: str, var: Tensor, norm: Tensor, weight1: Tensor, weight2: Tensor) -> Tensor:
-    """S of each channel, (C,); the arguments are named as in `statistics` of the surgery engine."""
-    if metric == "WIFN":
-        return weight1 * norm
-    return var * weight2 if metric == "WIFV" else var
 
 
 def _fill(scores: list[Tensor], costs: list[int], budget: float) -> list[int]:
