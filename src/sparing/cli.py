@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -369,17 +370,38 @@ def _fit(
     lr: Annotated[
         float | None, typer.Option("--lr", metavar="X", help="Peak learning rate, where it is training.")
     ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            "--keep",
+            "-k",
+            metavar="0.75,0.5",
+            help="Budgets to fit at, each by itself, for methods whose fit belongs to one budget.",
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the training that DIR holds.")] = False,
+    processes: Annotated[
+        int, typer.Option("--processes", metavar="N", callback=_whole(1), help="Train on N GPUs (or CPU processes).")
+    ] = 1,
     device: Device = "cpu",
     dtype: Dtype = None,
     seed: Seed = 0,
 ) -> None:
     """Calibrate or train a method on a model, and save it for `compare`, `show` and `prune`."""
     chosen = _method(method)
-    if chosen.card.needs == "nothing" and not chosen.card.trains:
+    card = chosen.card
+    trained = card.trains or card.needs == "training"
+    if card.needs == "nothing" and not card.trains:
         raise _error(f"--method {method}: {chosen.name} needs nothing; there is nothing to fit")
-    options = {key: value for key, value in (("epochs", epochs), ("lr", lr)) if value is not None}
-    if options and not chosen.card.trains:
+    options: dict[str, Any] = {key: value for key, value in (("epochs", epochs), ("lr", lr)) if value is not None}
+    if options and not trained:
         raise _error(f"--{next(iter(options))}: {chosen.name} is calibrated, not trained")
+    if processes > 1 and not trained:
+        raise _error(f"--processes {processes}: {chosen.name} is calibrated, in one process")
+    budgets = [None] if keep is None else _budgets(keep)
+    if processes > 1 and "RANK" not in os.environ:
+        _launch(processes, device)
+        return
     if len(data) > 1 and chosen.card.axis != "experts":
         raise _error(f"--data {data[1]}: only methods on experts mix domains; {chosen.name} takes one --data")
     for each in data:
@@ -390,12 +412,50 @@ def _fit(
 
     with _doing(f"Loading {model}"):
         loaded = load_model(model, device, dtype)
-    fitted = _fitted(chosen, loaded, data, batches, seed, **options)
-    fitted.save(out)
-    numbers = sum(tensor.numel() for tensor in fitted.state.values())
-    console = _console()
-    console.print(Text(f"{fitted.name}: {numbers:,} fitted numbers. Use it as --method {out}"))
-    _print_path(out)
+    first = os.environ.get("RANK", "0") == "0"
+    unfinished = out / "training"
+    if trained and not resume and unfinished.exists() and first:
+        raise _error(
+            f"--out {out}: holds an unfinished training; pass --resume to go on with it, or take another folder"
+        )
+    for budget in budgets:
+        folder = out if budget is None else out / f"keep-{budget:g}"
+        if resume and budget is not None and (folder / "method.json").is_file():
+            continue
+        one = chosen if budget is None else chosen.at(budget, loaded.view.shape)
+        if trained:
+            options["checkpoint"] = unfinished / folder.name
+        fitted = _fitted(one, loaded, data, batches, seed, **options)
+        if not first:
+            continue
+        fitted.save(folder)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        numbers = sum(tensor.numel() for tensor in fitted.state.values())
+        where = "" if budget is None else f" at keep = {budget:g}"
+        _console().print(Text(f"{fitted.name}{where}: {numbers:,} fitted numbers. Use it as --method {out}"))
+    if first:
+        _print_path(out)
+
+
+def _launch(processes: int, device: str) -> None:
+    """This command once more, in as many processes as asked for, by accelerate."""
+    import subprocess
+
+    words = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        str(processes),
+        "--num_machines",
+        "1",
+    ]
+    words += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    words += ["--multi_gpu"] if device == "cuda" else ["--cpu"]
+    try:
+        subprocess.run([*words, "-m", "sparing", *sys.argv[1:]], check=True)
+    except subprocess.CalledProcessError as problem:
+        raise typer.Exit(problem.returncode) from None
 
 
 @app.command("prune")
@@ -475,6 +535,105 @@ def _prune(
     table.add_row("weights", f"{sizes[0]:.1f} MB", f"{sizes[1]:.1f} MB", f"{sizes[1] / sizes[0]:.1%}")
     _console().print(table)
     _print_path(out)
+
+
+# --------------------------------------------------------------------------- search
+
+
+@app.command("search")
+def _search(
+    model: Model,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder to write to; search-MODEL if not given.")
+    ] = None,
+    axes: Annotated[
+        str | None,
+        typer.Option("--axes", metavar="depth,width,experts", help="What may go; all that the model has if not given."),
+    ] = None,
+    speedup: Annotated[
+        float | None, typer.Option("--speedup", metavar="S", help="Wanted speed-up of prefill, measured here.")
+    ] = None,
+    flops: Annotated[float | None, typer.Option("--flops", metavar="R", help="Or: share of FLOPs that stays.")] = None,
+    params: Annotated[
+        float | None, typer.Option("--params", metavar="R", help="Or: share of the layers' parameters that stays.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", "-d", metavar="FILE", help="Calibration text; lab models bring theirs."),
+    ] = None,
+    generations: Annotated[
+        int, typer.Option("--generations", metavar="N", callback=_whole(0), help="Generations of the search.")
+    ] = 40,
+    batches: Annotated[
+        int,
+        typer.Option("--batches", metavar="N", callback=_whole(1), help="Batches of calibration text, 8 x 512 tokens."),
+    ] = 16,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="One width for all layers: loads in plain transformers and vLLM.")
+    ] = False,
+    costs: Annotated[
+        Path | None, typer.Option("--costs", metavar="FILE", help="A costs.json of an earlier search on this machine.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the search that DIR holds.")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    seed: Seed = 0,
+) -> None:
+    """Find and save the cut that loses least at a wanted speed-up, measured on this machine."""
+    targets = {"speedup": speedup, "flops": flops, "params": params}
+    given = {name: value for name, value in targets.items() if value is not None}
+    if len(given) != 1:
+        said = ", ".join(f"--{name} {value:g}" for name, value in given.items()) or "none of them"
+        raise _error(f"--speedup, --flops, --params: give one target, not {said}")
+    _quiet()
+    from sparing.bench import search_report, tasks
+    from sparing.bench.models import load_model
+    from sparing.bench.search import Search, Target, save
+    from sparing.grid.costs import CostTable
+    from sparing.grid.files import read_json
+
+    target = Target(*next(iter(given.items())))
+    if data is not None:
+        _data_exists(data)
+    elif not model.startswith("lab:"):
+        raise _error(f"--data: name a text file to judge {model} on")
+    folder = out or Path("search-" + "".join(c if c.isalnum() else "-" for c in model.rstrip("/").rpartition("/")[2]))
+    with _doing(f"Loading {model}"):
+        loaded = load_model(model, device, dtype)
+    if data is None and loaded.sees:
+        raise _error(f"--data: name a text file or a .jsonl of questions to judge {model} on")
+    with _doing("Reading the calibration text"):
+        rows = list(tasks.parse("ppl", loaded).batches(batches) if data is None else _batches(loaded, data, batches))
+    view = loaded.view
+    has = [
+        a for a, there in (("experts", view.shape.experts), ("width", not view.lacks(("scores", "neurons")))) if there
+    ]
+    chosen = [a.strip() for a in axes.split(",") if a.strip()] if axes is not None else ["depth", *has]
+    found_at = Search(
+        loaded,
+        rows,
+        chosen,
+        target,
+        folder,
+        generations=generations,
+        portable=portable,
+        resume=resume,
+        table=None if costs is None else CostTable.from_plain(read_json(costs)),
+        seed=seed,
+        data=data or "of the lab model",
+        progress=sys.stderr.isatty(),
+    )
+    found = found_at.run()
+    written = save(found_at, found, data or "of the lab model")
+    page = search_report.write(found_at, found)
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, value in search_report.facts(found_at, found):
+        table.add_row(Text(name, style="bold"), Text(value))
+    console = _console()
+    console.print(table)
+    console.print("Report:", style="bold", end=" ")
+    _print_path(page)
+    _print_path(written)
 
 
 # --------------------------------------------------------------------------- lab
@@ -578,7 +737,10 @@ def _method(text: str) -> Method:
 
     folder = os.path.expanduser(text)
     if os.path.isdir(folder):  # which takes any text, also what is too long for a path
-        return sparing.load(folder)
+        from sparing.grid.method import load_fits
+
+        fits = {} if os.path.isfile(os.path.join(folder, "method.json")) else load_fits(folder)
+        return next(iter(fits.values()), None) or sparing.load(folder)
     if "/" in text.partition(":")[0]:
         raise _error(f"--method {text}: there is no such folder; name the folder of a fitted method, or a method")
     return sparing.parse(text)

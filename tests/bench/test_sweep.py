@@ -38,7 +38,7 @@ def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "STEPS", 4)
         patch.setattr(timing, "decode", lambda model, inputs, out, steps=4: decode(model, inputs, out, steps))
-        patch.setattr(timing, "generation", lambda model, inputs: generation(model, inputs, 4))
+        patch.setattr(timing, "generation", lambda model, inputs, steps=16: generation(model, inputs, 4))
         patch.setattr(bounds, "SECONDS", 0.0)
         patch.setitem(bounds.COPY, "cpu", 1 << 22)
         patch.setitem(bounds.MATRIX, "cpu", 128)

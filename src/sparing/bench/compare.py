@@ -52,13 +52,14 @@ from sparing.engine.checkpoint import save_pretrained
 from sparing.engine.surgery import prune
 from sparing.engine.view import View, evaluating
 from sparing.grid.files import parse_json, read_json, short
-from sparing.grid.method import BudgetError, Error, Method, load, parse
+from sparing.grid.method import BudgetError, Error, Method, load, load_fits, parse
 from sparing.grid.method import methods as all_methods
 
 Row = dict[str, Any]
 
 KEEP = (0.5, 0.25, 0.1)
 FIT_BATCHES = 32  #: calibration batches
+HORIZON = 512  #: decode steps that are timed at most
 PHASES = ("prefill", "decode")
 _EVERYWHERE = ("model", "task", "limit", "device", "dtype", "versions")  # arguments that every row repeats
 SCRATCH = ".size-"  # start of the names of folders that are gone when a row is done
@@ -196,13 +197,14 @@ def compare(
         "limit": limit,
         "controls": controls,
         "control_seeds": control_seeds,
-        "states": {spec: digest(method) for spec, method in asked.items() if method.state},
+        "states": _states(asked),
         "threads": torch.get_num_threads(),  # another number rounds otherwise
         "versions": versions(),
     }
     store = Store(out, arguments, resume)
+    fits_of = {spec: found for spec in asked if (found := _fits_of(spec))}
     with quiet(), bar_of(progress, len(asked) * len(keep), "dense") as bar:
-        _Comparison(loaded, bound_task, store, bar, arguments).run(asked)
+        _Comparison(loaded, bound_task, store, bar, arguments, fits=fits_of).run(asked)
     return store.rows
 
 
@@ -379,10 +381,12 @@ class Subject:
     Attributes:
         model: dense, or really cut.
         method: attached while measuring; None for dense and for cut models.
+        steps: decode steps of one timed generation.
     """
 
     model: nn.Module
     method: Method | None = None
+    steps: int = timing.STEPS
 
     @contextmanager
     def running(self, *, trace: bool = False, decisions: bool = False) -> Iterator[Run | None]:
@@ -397,15 +401,15 @@ class Subject:
     def generation(self, inputs: tasks.Batch) -> Stages:
         """One timed generation."""
         with self.running():
-            return timing.generation(self.model, inputs)
+            return timing.generation(self.model, inputs, self.steps)
 
     def cost(self, inputs: tasks.Batch) -> dict[str, Cost]:
         """Of prefill, and of one decode step."""
         out: list[Any] = []
         with self.running():
             first = Cost.of(lambda: out.append(timing.prefill(self.model, inputs)))
-            steps = Cost.of(lambda: timing.decode(self.model, inputs, out[0]))
-        return {"prefill": first, "decode": Cost(steps.flops // timing.STEPS, steps.bytes // timing.STEPS)}
+            steps = Cost.of(lambda: timing.decode(self.model, inputs, out[0], self.steps))
+        return {"prefill": first, "decode": Cost(steps.flops // self.steps, steps.bytes // self.steps)}
 
     def memory(self, inputs: tasks.Batch) -> int:
         """Bytes of the weights and the most that one generation holds beside them."""
@@ -424,8 +428,8 @@ class Subject:
         for _ in range(repeats):
             with self.running(decisions=True) as run:
                 assert run is not None
-                stages = timing.generation(self.model, inputs)
-                total = stages["prefill"] + timing.STEPS * stages["decode"]
+                stages = timing.generation(self.model, inputs, self.steps)
+                total = stages["prefill"] + self.steps * stages["decode"]
                 shares.append(run.trace.seconds_deciding / total)
         return statistics.median(shares)
 
@@ -447,10 +451,24 @@ class Work:
     def model(self) -> PreTrainedModel:
         return self.loaded.model
 
-    def ready(self, spec: str, method: Method) -> Method:
-        """The method with what it has to be fitted with; fitted once for all budgets."""
+    fits: dict[str, dict[float, Method]] = field(default_factory=dict)
+
+    def ready(self, spec: str, method: Method, keep: float) -> Method:
+        """The method at this budget, with what it has to be fitted with; fitted once for all budgets if one fit can."""
+        shape = self.loaded.view.shape
+        if spec in self.fits:
+            if keep not in self.fits[spec]:
+                there = ", ".join(f"{k:g}" for k in self.fits[spec])
+                raise BudgetError(f"keep = {keep:g}: {spec} was fitted at {there}; sparing fit --keep {keep:g} adds it")
+            method = self.fits[spec][keep]
         if method.ready:
-            return method
+            return method.at(keep, shape)
+        if method.card.fits_budget:
+            method = method.at(keep, shape)
+            return self._fit(f"{spec}-keep-{keep:g}", method)
+        return self._fit(spec, method).at(keep, shape)
+
+    def _fit(self, spec: str, method: Method) -> Method:
         if spec not in self.fitted:
             folder = self.store.folder and self.store.folder / "fitted" / _slug(spec)
             if folder and (folder / "method.json").is_file():
@@ -472,7 +490,7 @@ class Work:
         """What is measured: the model with the method attached, or really cut by it."""
         if method.card.kind == "surgery":
             return Subject(prune(self.model, method).eval())
-        return Subject(self.model, method)
+        return Subject(self.model, method, max(timing.STEPS, min(method.horizon, HORIZON)))
 
     @contextmanager
     def row(self, what: str, **known: Any) -> Iterator[Row]:
@@ -528,7 +546,7 @@ class _Comparison(Work):
         name = f"{method.name} at {keep:g}"
         with self.row(spec, **mine, method=method.name, fields=method.fields(), seed=self.arguments["seed"]) as row:
             self.bar.say(f"{name}: preparing")
-            method = self.ready(spec, method).at(keep, self.loaded.view.shape)
+            method = self.ready(spec, method, keep)
             row["fields"] = method.fields()
             plan = self._plan(method)
             for place, (kind, seed) in enumerate(plan):
@@ -585,7 +603,7 @@ class _Comparison(Work):
     def _cells(self, run: Run | None, subject: Subject, row: Row) -> float | None:
         """Share of the cells that ran: parameters of the layers or experts that are left, or what the evaluation ran.
 
-        For a method that acts in decoding it is what a real decode step runs.
+        For a method that acts in decoding it is what real decode steps run.
         """
         if row["axis"] == "experts" and subject.model is not self.model:
             return _experts(subject.model) / _experts(self.model)
@@ -598,7 +616,7 @@ class _Comparison(Work):
             return run.trace.share(card.axis)
         run.prompt, inputs = None, self.task.inputs()
         run.trace.reset()
-        timing.decode(run.model, inputs, timing.prefill(run.model, inputs), 1)
+        timing.decode(run.model, inputs, timing.prefill(run.model, inputs), subject.steps)
         return run.trace.share(card.axis, "decode")
 
     def _beats(self, row: Row) -> bool | None:
@@ -625,7 +643,10 @@ class _Comparison(Work):
         row["peak_memory_mb"] = subject.memory(inputs) / 1e6
         row |= _costs(subject.cost(inputs))
         peaks = Peaks(dense["peak_flops"], dense["peak_bandwidth"])
-        limits = {phase: Bounds.of(_cost(dense, phase), _cost(row, phase), peaks) for phase in PHASES}
+        against = (
+            dense if subject.steps == timing.STEPS else _costs(Subject(self.model, steps=subject.steps).cost(inputs))
+        )
+        limits = {phase: Bounds.of(_cost(against, phase), _cost(row, phase), peaks) for phase in PHASES}
         phase = "decode" if method.card.phase == "decode" else "prefill"
         mine = limits[phase]
         row |= {"phase": phase, "flop_bound": mine.flops, "byte_bound": mine.bytes, "roofline": mine.roofline}
@@ -644,7 +665,7 @@ class _Comparison(Work):
             row |= {"size_mb": self._size(subject.model), "size_dense_mb": self._size(self.model)}
 
     def _speed(self, row: Row, subject: Subject, inputs: tasks.Batch) -> dict[str, Ratio]:
-        reference = Subject(self.model)
+        reference = Subject(self.model, steps=subject.steps)
         speed = timing.time_stages(
             lambda: reference.generation(inputs), lambda: subject.generation(inputs), repeats=self.arguments["repeats"]
         )
@@ -671,6 +692,8 @@ def named(methods: Sequence[str | Path | Method], fitted: Mapping[str, str | Pat
         if isinstance(item, Method):
             fields = ",".join(f"{key}={value}" for key, value in item.fields().items())
             spec, method = f"{item.name}:{fields}" if fields else item.name, item
+        elif fits := _fits_of(str(item)):
+            spec, method = str(item), next(iter(fits.values()))
         elif (Path(item) / "method.json").is_file() or (Path(item).is_dir() and str(item) not in all_methods()):
             spec, method = str(item), load(item)
         else:
@@ -679,6 +702,23 @@ def named(methods: Sequence[str | Path | Method], fitted: Mapping[str, str | Pat
         if given is not None and not method.state:
             method = given if isinstance(given, Method) else load(given)
         found[spec] = method
+    return found
+
+
+def _fits_of(spec: str) -> dict[float, Method]:
+    """Methods fitted one a budget, where `spec` is a folder of them."""
+    folder = Path(spec).expanduser()
+    return {} if (folder / "method.json").is_file() or not folder.is_dir() else load_fits(folder)
+
+
+def _states(asked: Mapping[str, Method]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for spec, method in asked.items():
+        several = _fits_of(spec)
+        if several:
+            found[spec] = {f"{keep:g}": digest(each) for keep, each in several.items()}
+        elif method.state:
+            found[spec] = digest(method)
     return found
 
 

@@ -374,7 +374,7 @@ class _Sweep(Work):
         if self._now != (spec, keep):
             self._now, self._made, self._costs = (spec, keep), None, {}
             try:
-                method = self.ready(spec, method).at(keep, self.loaded.view.shape)
+                method = self.ready(spec, method, keep)
                 self._made = method, self.subject(method)
             except Exception as problem:
                 self._made = problem

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 
 from sparing.engine.schedule import ScheduledLayers
-from sparing.grid.method import BudgetError, Card, Error, Shape, integer, register
+from sparing.grid.method import BudgetError, Card, Error, Shape, flag, integer, register
 
 
 @register(
@@ -26,15 +26,17 @@ from sparing.grid.method import BudgetError, Card, Error, Shape, integer, regist
 )
 @dataclass(frozen=True)
 class RandomDepth(ScheduledLayers):
-    """Prompt at full depth; generated tokens through R layers drawn once, the first and the last always among them.
+    """Generated tokens through R layers drawn once, the first and the last always among them; the prompt at full depth.
 
     Args:
         R: layers kept, >= 2.
         seed: of the draw.
+        prompt: the prompt runs these R layers too, as in a static cut.
     """
 
     R: int = integer(2, "layers kept", low=2)
     seed: int = integer(0, "of the draw")
+    prompt: bool = flag(False, "the prompt skips the others too, as a static cut does")
 
     def at(self, keep: float, shape: Shape) -> Self:
         R = round(keep * shape.layers)

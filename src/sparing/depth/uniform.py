@@ -7,7 +7,7 @@ from typing import Self
 
 from sparing.engine.schedule import ScheduledLayers
 from sparing.grid.budget import spaced
-from sparing.grid.method import BudgetError, Card, Error, Shape, choice, integer, register
+from sparing.grid.method import BudgetError, Card, Error, Shape, choice, flag, integer, register
 
 
 @register(
@@ -25,15 +25,17 @@ from sparing.grid.method import BudgetError, Card, Error, Shape, choice, integer
 )
 @dataclass(frozen=True)
 class UniformDepth(ScheduledLayers):
-    """Prompt at full depth; generated tokens through a plain block of R layers.
+    """Generated tokens through a plain block of R layers; the prompt at full depth.
 
     Args:
         R: layers kept, >= 1.
         part: bottom (the first R: a fixed early exit), top (the last R) or even (spaced, both ends in).
+        prompt: the prompt runs these R layers too, as in a static cut.
     """
 
     R: int = integer(2, "layers kept", low=1)
     part: str = choice("bottom", ("bottom", "top", "even"), "which block")
+    prompt: bool = flag(False, "the prompt skips the others too, as a static cut does")
 
     def at(self, keep: float, shape: Shape) -> Self:
         R = round(keep * shape.layers)

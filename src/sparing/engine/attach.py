@@ -11,6 +11,7 @@ from typing import Any, Protocol, Self, cast
 from torch import Tensor, nn
 
 from sparing.engine.execute import Executor
+from sparing.engine.lora import merged
 from sparing.engine.overlap import Deferred
 from sparing.engine.routing import RoutingMethod
 from sparing.engine.stream import StreamMethod
@@ -79,9 +80,6 @@ class Run:
                     f"method = {method.name!r}: it works on experts, and {type(self.model).__name__} has none "
                     "(looked for layers with a router, gate or router, beside a module experts)"
                 )
-            lacks = self.view.lacks(method.card.requires)
-            if lacks is not None:
-                raise Error(f"method = {method.name!r}: cannot work on {type(self.model).__name__}: {lacks}")
             if method.card.needs != "nothing" and not method.ready:
                 needs = method.card.needs
                 raise Error(f"method = {method.name!r}: needs {needs} first: method = method.fit(model, batches)")
@@ -136,7 +134,7 @@ class Run:
             for method in self.methods:
                 if isinstance(method, SurgeryMethod):
                     stack.enter_context(masked(self.model, method.plan(self.model)))
-                tuned = _weights(method)
+                tuned = {**_weights(method), **merged(self.model, method)}
                 if tuned:
                     stack.enter_context(_tuned(self.model, tuned))
             outer = runs[-2]._executor if len(runs) > 1 else None

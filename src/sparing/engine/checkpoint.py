@@ -16,7 +16,17 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from sparing.engine.routing import cut_experts, first_kept
-from sparing.engine.surgery import SECTION, SECTION_VERSION, Absent, LayerCut, _shapes, cut_attention, cut_mlp
+from sparing.engine.surgery import (
+    SECTION,
+    SECTION_VERSION,
+    Absent,
+    LayerCut,
+    _shapes,
+    cut_attention,
+    cut_mlp,
+    drop_attention,
+    drop_mlp,
+)
 from sparing.engine.view import View
 from sparing.grid import files
 from sparing.grid.files import Entry, short, sized
@@ -237,6 +247,9 @@ def _checked_section(section: Any) -> list[dict[str, Any]]:
         for key in (*counts, *(["experts"] if "experts" in entry else [])):
             if type(entry.get(key)) is not int or not 0 <= entry[key] < 1 << 40:
                 raise Error(f"{where}: layer {index}: {key} = {short(entry.get(key))}: must be a whole number >= 0")
+        for key in ("attention", "mlp"):
+            if not isinstance(entry.get(key, True), bool):
+                raise Error(f"{where}: layer {index}: {key} = {short(entry[key])}: must be true or false")
         for key in ("attention_bias", "mlp_bias"):
             if not isinstance(entry.get(key), list) or not all(isinstance(name, str) for name in entry[key]):
                 raise Error(f"{where}: layer {index}: {key} = {short(entry.get(key))}: must be a list of names")
@@ -265,11 +278,15 @@ def _reshape(model: nn.Module, shapes: list[dict[str, Any]]) -> None:
                 )
     for layer, entry in zip(view.layers, shapes, strict=True):
         groups, neurons = entry["num_key_value_heads"], entry["intermediate_size"]
-        if groups != layer.groups:
+        if not entry.get("attention", True) and layer.attention is not None:
+            drop_attention(layer)
+        elif groups != layer.groups:
             cut_attention(layer, LayerCut(groups=torch.arange(groups)))
-        if neurons != layer.neurons:
+        if not entry.get("mlp", True) and layer.mlp is not None:
+            drop_mlp(layer, int(view.config.hidden_size))
+        elif neurons != layer.neurons:
             cut_mlp(layer, LayerCut(neurons=torch.arange(neurons)))
-        if layer.experts is not None and entry.get("experts", layer.experts.count) != layer.experts.count:
+        elif layer.experts is not None and entry.get("experts", layer.experts.count) != layer.experts.count:
             cut_experts(layer, first_kept(layer.experts, entry["experts"]))
     device = next(model.parameters()).device
     for layer, entry in zip(View(model).layers, shapes, strict=True):

@@ -213,9 +213,10 @@ class NoAttention(nn.Module):
         self.o_proj = Absent(hidden, bias)
 
     def forward(self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        if past_key_values is not None:
+        cache = kwargs.get("layer_past") if past_key_values is None else past_key_values
+        if cache is not None:
             token_B1T1 = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
-            past_key_values.update(token_B1T1, token_B1T1, self.layer_idx)
+            cache.update(token_B1T1, token_B1T1, self.layer_idx)
         return self.o_proj(hidden_states[..., :0]), None
 
 
@@ -369,6 +370,13 @@ def _renumber(view: View, kept: list[LayerView]) -> None:
         values = getattr(view.config, key, None)
         if isinstance(values, (list, tuple)) and len(values) == len(view):
             setattr(view.config, key, [values[layer.index] for layer in kept])
+    places = {layer.index: new for new, layer in enumerate(kept)}
+    dense = getattr(view.config, "first_k_dense_replace", None)
+    if dense:
+        view.config.first_k_dense_replace = sum(layer.index < dense for layer in kept)
+    plain = getattr(view.config, "mlp_only_layers", None)
+    if plain:
+        view.config.mlp_only_layers = [places[index] for index in plain if index in places]
     view.config.num_hidden_layers = len(kept)
     for new, layer in enumerate(kept):
         for module in layer.module.modules():
@@ -395,9 +403,18 @@ def prune(model: nn.Module, method: Method) -> nn.Module:
         raise Error(f"method = {method.name!r}: only surgery methods cut weights; attach this one instead")
     if not method.ready:
         raise Error(f"method = {method.name!r}: needs calibration first: method = method.fit(model, batches)")
-    small = cut(model, method.plan(model))
+    small = copy.deepcopy(model)
+    own = dict(small.named_parameters())
+    for name, tensor in trained_weights(method).items():
+        own[name].data = tensor.to(own[name].data, copy=True)
+    cut_(small, method.plan(model))
     small.sparing_origin = {"method": method.name, "fields": method.fields()}  # type: ignore[assignment]
     return small
+
+
+def trained_weights(method: Method) -> dict[str, Tensor]:
+    """Parameters of the model that a method was fitted to have, by name; `weight.NAME` in its state."""
+    return {k.removeprefix("weight."): v for k, v in method.state.items() if k.startswith("weight.")}
 
 
 # --------------------------------------------------------------------------- what the config says
@@ -416,6 +433,8 @@ def _shapes(view: View) -> list[dict[str, Any]]:
             "num_key_value_heads": layer.groups,
             "intermediate_size": layer.neurons,
             **({"experts": layer.experts.count} if layer.experts is not None else {}),
+            **({"attention": False} if isinstance(layer.attention, NoAttention) else {}),
+            **({"mlp": False} if isinstance(layer.mlp, NoMLP) else {}),
             "attention_bias": biased(layer.attention),
             "mlp_bias": biased(layer.mlp),
         }

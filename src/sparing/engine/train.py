@@ -207,7 +207,7 @@ class _Checkpoint:
                 "step": step,
                 "learned": {k: v.detach() for k, v in objective.learned().items()},
                 "optimizer": optimizer.state_dict(),
-                "schedule": {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas"},
+                "schedule": schedule.state_dict(),
                 "rng": torch.get_rng_state(),
             },
             beside,

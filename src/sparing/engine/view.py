@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparing.grid.method import Error, Shape
+from sparing.grid.method import Error, Method, Shape, model_check
 
 _MLP_NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm", "ffn_norm", "ln_2", "norm2")
 _ATTENTION_NORMS = ("input_layernorm", "self_attn_layer_norm", "ln_1", "attention_norm", "norm1")
@@ -332,6 +332,14 @@ class View:
             experts=max((e.count for e in experts), default=0),
             top_k=max((e.top_k for e in experts), default=0),
         )
+
+
+@model_check
+def _has_parts(method: Method, model: nn.Module) -> None:
+    """Refuses a model without the parts that the method's Card requires."""
+    lacks = View(model).lacks(method.card.requires) if method.card.requires else None
+    if lacks is not None:
+        raise Error(f"method = {method.name!r}: cannot work on {type(model).__name__}: {lacks}")
 
 
 def shape(model: nn.Module) -> Shape:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import importlib
 import json
 import math
 import os
+import pkgutil
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -52,6 +54,7 @@ class Card:
         bitwise: at full budget the dense model's output comes out bit for bit.
         requires: parts of a model that it works on, of `sparing.engine.view.PARTS`: "mlp", "neurons", "scores".
         fits_budget: what is fitted holds for the one budget that it was fitted at, so each budget is fitted by itself.
+        tunes: what is fitted also changes what the model says where nothing is left out (adapters, LoRA).
         is_control: this "method" is a yardstick, not a publication.
     """
 
@@ -70,6 +73,7 @@ class Card:
     bitwise: bool = True
     requires: tuple[str, ...] = ()
     fits_budget: bool = False
+    tunes: bool = False
     is_control: bool = False
 
 
@@ -290,11 +294,15 @@ class Method:
         return new
 
     def check_model(self, model: torch.nn.Module) -> None:
-        """Refuses a model that the state was not fitted on; every engine calls it before the method acts.
+        """Refuses a model that lacks what the method works on, or that its state was not fitted on.
+
+        Every engine calls it before the method acts, `fit` before it begins.
 
         Raises:
             Error: names the tensor or the size, what it is and what the model has.
         """
+        for check in _MODEL_CHECKS:
+            check(self, model)
         if not self.state:
             return
         for check in _CHECKS:
@@ -311,6 +319,11 @@ class Method:
     def ready(self) -> bool:
         """Whether everything the Card says it needs is there."""
         return self.card.needs == "nothing" or bool(self.state)
+
+    @property
+    def horizon(self) -> int:
+        """Generated tokens that a measurement of decoding must span to be fair to it; 0 where all steps are alike."""
+        return 0
 
     def fit(self, model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]], **options: Any) -> Self:
         """Calibrate or train; only for methods whose Card says so.
@@ -383,6 +396,13 @@ def sizes(model: torch.nn.Module) -> dict[str, int]:
 
 StateCheck = Callable[[Method, torch.nn.Module], None]
 _CHECKS: list[StateCheck] = []
+_MODEL_CHECKS: list[StateCheck] = []
+
+
+def model_check(check: StateCheck) -> StateCheck:
+    """Decorator: what an engine knows of the models a method can work on; raises Error on another one."""
+    _MODEL_CHECKS.append(check)
+    return check
 
 
 def state_check(check: StateCheck) -> StateCheck:
@@ -394,6 +414,8 @@ def state_check(check: StateCheck) -> StateCheck:
 def _noting(fit: Callable[..., Method]) -> Callable[..., Method]:
     @functools.wraps(fit)
     def noting(self: Method, model: torch.nn.Module, *args: Any, **options: Any) -> Method:
+        for check in _MODEL_CHECKS:
+            check(self, model)
         fitted = fit(self, model, *args, **options)
         return fitted.with_state(fitted.state, sizes(model))
 
@@ -435,6 +457,12 @@ def register(name: str, card: Card) -> Callable[[M], M]:
     return add
 
 
+def discover(package: str, path: Iterable[str]) -> None:
+    """Import every module of a package, so that its methods register; a new method needs no other line."""
+    for module in pkgutil.iter_modules(path):
+        importlib.import_module(f"{package}.{module.name}")
+
+
 def methods(axis: str | None = None, controls: bool = True) -> dict[str, type[Method]]:
     """Registered methods by name, sorted by axis and name; `controls=False` leaves the yardsticks out."""
     found = {
@@ -453,6 +481,19 @@ def get(name: str) -> type[Method]:
         said = repr(name) if len(name) <= 80 else f"{name[:77]!r}…"
         raise Error(f"method = {said}: there is no method of that name; {hint}")
     return _REGISTRY[name]
+
+
+def load_fits(folder: str | Path) -> dict[float, Method]:
+    """The methods of a folder that `sparing fit --keep` filled, by the budget they were fitted at; {} if it is none."""
+    found = {}
+    for each in sorted(Path(folder).glob("keep-*")):
+        try:
+            keep = float(each.name.removeprefix("keep-"))
+        except ValueError:
+            continue
+        if (each / "method.json").is_file():
+            found[keep] = load(each)
+    return found
 
 
 def _read(text: str, default: Any, annotation: str) -> Any:

@@ -73,7 +73,12 @@ def _near(a: Tensor, b: Tensor, what: str, rtol: float = 2e-4, atol: float = 2e-
 
 @check("full-budget")
 def full_budget(s: Subject) -> None:
-    """At full budget the method is the dense model, in a pass and in generation."""
+    """At full budget the method is the dense model, in a pass and in generation; one that tunes it runs all of it."""
+    if s.card.tunes:
+        with s.attach(s.at("full")) as run:
+            _generate(s.model, s.prompt())
+        share = run.trace.share(s.card.axis)
+        return expect(share == 1, f"the trace shows a share of {share:.3g} of the {s.card.axis} at full budget")
     batch = s.prompt()
     dense, long = _logits(s.model, batch), _generate(s.model, batch)
     method = s.at("full")
@@ -355,7 +360,7 @@ def bfloat16(s: Subject) -> None:
 
 @check("gradients", _trains)
 def gradients(s: Subject) -> None:
-    """A method that trains lets gradients through to the first and the last layer."""
+    """A method that trains lets gradients through to the first and the last layer that run."""
     batch = s.prompt((9, 9), side="none")
     labels = batch["input_ids"].clone()
     labels[:, :-3] = -100
@@ -363,8 +368,8 @@ def gradients(s: Subject) -> None:
     with s.attach(s.at("cut")) as run:
         run.prompt = labels == -100
         s.model(**batch, labels=labels, use_cache=False).loss.backward()
-    layers = View(s.model).layers
-    for layer in (layers[0], layers[-1]):
+        ran = [layer for layer, rows in zip(View(s.model).layers, run.trace.cells[-1].rows) if rows]
+    for layer in (ran[0], ran[-1]):
         found = [p.grad for p in layer.module.parameters() if p.grad is not None]
         total = sum(float(g.abs().sum()) for g in found)
         expect(found and total > 0, f"no gradient reaches layer {layer.index}")

@@ -21,6 +21,31 @@ BUDGETS: dict[str, dict[str, str]] = {
     "flap": {"full": "flap:p=0", "mid": "flap:p=0.2,multiple=8", "cut": "flap:p=0.4,multiple=8"},
     "random-width": {"cut": "random-width:groups=1/2/1/2/1/1,neurons=16/24/48/8/16/32"},
 }
+_SHORT = "generations=2,offspring=4,survivors=2/1,tokens=24/48"
+BUDGETS["evopress"] = {"fit": f"evopress:{_SHORT}"}
 for name in ("easy-ep", "frequency-experts", "gate-experts", "random-experts"):
     # its router takes three experts of one of two groups of six
     BUDGETS[f"{name} deepseek-v3"] = {"mid": f"{name}:M=10,even=true", "cut": f"{name}:M=6,even=true"}
+BUDGETS["skipdecode"] = {  # so short a reference length that layers leave within the few tokens that are generated
+    "mid": "skipdecode:e_max=5,e_min=4,T_ref=3",
+    "cut": "skipdecode:e_max=5,e_min=2,T_ref=3",
+}
+BUDGETS["first"] = {  # a batch runs the layers that any of its sequences keeps: at R = 3 two keep up to four
+    "full": f"first:R={LAYERS}",
+    "mid": "first:R=5,router=static",
+    "cut": "first:R=3",
+}
+for name in ("qwen3", "gemma3"):  # its attention, which every token runs, is more than half of a layer
+    BUDGETS[f"duo-llm {name}"] = {"cut": "duo-llm:rho=0.1"}
+BUDGETS["random-ffn"] = {"mid": "random-ffn:skip=0.3,W=1", "cut": "random-ffn:skip=0/0.9/0.6/0.7/1/0.8,W=1"}
+_MEDIANS = {  # of the cosines before and after an FFN: of the tokens some hit, some do not
+    "llama": 0.96, "qwen2": 0.965, "qwen3": 0.984, "gemma3": 0.9, "mistral": 0.96, "phi3": 0.972, "gpt-neox": 0.85,
+    "qwen3-moe": 0.997, "olmoe": 0.998, "mixtral": 0.987, "deepseek-v3": 0.92, "llava": 0.95, "qwen2.5-vl": 0.955,
+}  # fmt: skip
+for name, theta in _MEDIANS.items():
+    BUDGETS[f"ffn-skipllm {name}"] = {
+        "full": "ffn-skipllm:theta=2",
+        "mid": f"ffn-skipllm:theta={theta},k=1,W=1,s=3,e=5",
+        "cut": f"ffn-skipllm:theta={theta},k=2,W=1,s=0,e=5",
+    }
+BUDGETS["ftp"] = {"fit": "ftp:population=6,generations=2,elites=2"}

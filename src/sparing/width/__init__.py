@@ -1,5 +1,5 @@
 """Token x head and token x neuron: which heads and neurons exist."""
 
-from sparing.width import flap, random, uniform
+from sparing.grid.method import discover
 
-__all__ = ["flap", "random", "uniform"]
+discover(__name__, __path__)  # every file of the room registers its methods

@@ -1,0 +1,60 @@
+"""What a layer changes: similarity of its input and its output on a model that runs dense."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparing.engine.view import View, evaluating
+from sparing.grid.method import Error
+from sparing.grid.score import cosine
+
+
+@torch.no_grad()
+def similarities(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Tensor:
+    """Mean cosine between the residual stream entering and leaving each layer, over all tokens, in one dense pass.
+
+    Padding (attention_mask 0) is left out. Nothing is kept but a sum a layer. The model runs in evaluation mode and is
+    left as it was. The output of the last layer is taken before the final norm.
+
+    Args:
+        model: any that `View` knows.
+        batches: keyword arguments of the model's forward. Labels are left out.
+
+    Returns:
+        float64 (L,) in [-1, 1], each token counting once; a vector of zeros has cosine 0.
+
+    Raises:
+        Error: there is no batch, or no token that is not padding.
+    """
+    view = View(model)
+    device = next(model.parameters()).device
+    total_L, tokens_L = torch.zeros(2, len(view), dtype=torch.float64)
+    mask: Tensor | None = None
+
+    def add(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        before_BTD = args[0] if args else kwargs["hidden_states"]
+        after_BTD = out[0] if isinstance(out, tuple) else out
+        same = cosine(before_BTD, after_BTD)
+        same = (same if mask is None else same[mask.to(same.device)]).cpu()
+        total_L[layer] += same.double().sum()
+        tokens_L[layer] += same.numel()
+
+    with contextlib.ExitStack() as stack:
+        for layer in view.layers:
+            hook = functools.partial(add, layer.index)
+            stack.callback(layer.module.register_forward_hook(hook, with_kwargs=True).remove)
+        stack.enter_context(evaluating(model))
+        for batch in batches:
+            given = batch.get("attention_mask")
+            mask = None if given is None else given.bool()
+            inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
+            model(**inputs, use_cache=False)
+    if not bool(tokens_L.all()):
+        raise Error("batches: the calibration data is empty")
+    return total_L / tokens_L
