@@ -476,6 +476,9 @@ def _prune(
     batches: Annotated[
         int, typer.Option("--batches", metavar="N", callback=_whole(1), help="Batches to calibrate on.")
     ] = 32,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="All layers alike and no biases: loads in plain transformers and vLLM.")
+    ] = False,
     device: Device = "cpu",
     dtype: Dtype = None,
     seed: Seed = 0,
@@ -500,6 +503,7 @@ def _prune(
     import sparing
     from sparing.bench import timing
     from sparing.bench.models import load_model
+    from sparing.engine.checkpoint import not_portable
 
     with _doing(f"Loading {model}"):
         loaded = load_model(model, device, dtype)
@@ -508,8 +512,13 @@ def _prune(
         assert data is not None
         chosen = _fitted(chosen, loaded, [data], batches, seed)
     chosen = chosen.at(budget, loaded.view.shape)
+    if portable:
+        chosen = chosen.portable()  # type: ignore[attr-defined]
     with _doing(f"Cutting with {chosen.name}"):
         small = sparing.prune(loaded.model, chosen)
+    why = not_portable(small) if portable else None
+    if why is not None:
+        raise _error(f"--portable: {chosen.name} at keep = {budget:g} gives no such model: {why}")
     stored = None if dtype or not loaded.source else AutoConfig.from_pretrained(loaded.source).dtype
     if stored is not None:  # calculated in what the model ran in, saved in what its checkpoint holds
         for m in (loaded.model, small):

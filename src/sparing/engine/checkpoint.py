@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -254,6 +255,19 @@ def _checked_section(section: Any) -> list[dict[str, Any]]:
             if not isinstance(entry.get(key), list) or not all(isinstance(name, str) for name in entry[key]):
                 raise Error(f"{where}: layer {index}: {key} = {short(entry.get(key))}: must be a list of names")
     return shapes
+
+
+def not_portable(model: nn.Module) -> str | None:
+    """What keeps plain transformers (and vLLM) from loading a cut model: the first tensor that its class would build
+    otherwise from the config; None if nothing does."""
+    with torch.device("meta"):
+        plain = type(model)(copy.deepcopy(model.config)).state_dict()
+    own = model.state_dict()
+    for name in sorted(own.keys() | plain.keys()):
+        here, there = (sized(tuple(d[name].shape)) if name in d else "missing" for d in (own, plain))
+        if here != there:
+            return f"{name} is {here}, transformers would build {there}"
+    return None
 
 
 # --------------------------------------------------------------------------- loading

@@ -7,7 +7,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,11 @@ class SurgeryMethod(Method):
     def plan(self, model: nn.Module) -> Plan:
         """Which parts of `model` stay, and what compensates the rest."""
         raise Error(f"{type(self).__name__} defines no plan")
+
+    def portable(self) -> Self:
+        """The same method cutting all layers alike, without biases: what plain transformers builds from a config."""
+        changes = {"compensate": False} if "compensate" in self.fields() else {}
+        return self.replace(**changes)
 
 
 # --------------------------------------------------------------------------- masks on the live model

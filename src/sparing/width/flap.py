@@ -118,6 +118,9 @@ class Flap(SurgeryMethod):
     def plan(self, model: nn.Module) -> Plan:
         return keep_units(model, *self.kept(), self.state if self.compensate else None)
 
+    def portable(self) -> Self:
+        return self.replace(structure="UL-UM", heads=None, compensate=False)
+
     def kept(self) -> tuple[list[Tensor], list[Tensor]]:
         """Kept groups and kept neurons of each layer, bool (units,); from state alone."""
         if not self.state:
