@@ -12,7 +12,7 @@ SCENES ?= 150
 WINDOWS ?= 16
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow lint format docs contrast breakeven efficiency clean
+.PHONY: demo test test-slow lint format docs contrast breakeven efficiency depth-width search clean
 
 $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -57,6 +57,23 @@ breakeven: $(VENV)/.ready
 # Realised speed-up of every engine action against its FLOP bound (docs/efficiency.md).
 efficiency: $(VENV)/.ready
 	$(BIN)/python benchmarks/efficiency.py
+
+# The table of docs/results/depth-width.md: every depth and width method on lab:lm, trained ones after `sparing fit`.
+FITTED := first das ftp duo-llm unified-layer-skipping skipdecode fire-together-wire-together lora-depth
+BATCHES ?= 32
+depth-width: $(VENV)/.ready
+	for method in $(FITTED); do \
+		$(BIN)/sparing fit lab:lm --method $$method --keep 0.75,0.5 --data lab --batches $(BATCHES) --dtype float32 \
+			-o out/fits/$$method --resume || exit 1; done
+	$(BIN)/sparing compare lab:lm --task ppl --keep 0.75,0.5 --dtype float32 --limit 32 --out out/depth-width --resume \
+		$(foreach method,$(FITTED),--method out/fits/$(method)) --method ffn-skipllm --method shortgpt \
+		--method evopress:offspring=16,tokens=2048/8192,survivors=2/1 --method flap --method wanda-sp --method magnitude-sp
+
+# docs/results/search.md: the best cut of lab:lm at 1.5x, against FLAP alone and depth alone.
+search: $(VENV)/.ready
+	$(BIN)/sparing search lab:lm --speedup 1.5 --dtype float32 -o out/search/both --resume
+	$(BIN)/sparing search lab:lm --speedup 1.5 --dtype float32 --axes depth -o out/search/depth --resume
+	$(BIN)/python benchmarks/search_lab.py out/search/both out/search/depth
 
 clean:
 	rm -rf $(VENV) out

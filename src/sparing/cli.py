@@ -356,7 +356,7 @@ def _fit(
             "--data",
             "-d",
             metavar="D",
-            help="A text file, find-digit, or a .jsonl of questions; repeatable for methods that mix domains of text.",
+            help="A text file, lab (the text of a lab model), find-digit, or a .jsonl of questions; repeatable to mix.",
             show_default=False,
         ),
     ],
@@ -399,61 +399,54 @@ def _fit(
     if processes > 1 and not trained:
         raise _error(f"--processes {processes}: {chosen.name} is calibrated, in one process")
     budgets = [None] if keep is None else _budgets(keep)
-    if processes > 1 and "RANK" not in os.environ:
-        _launch(processes, device)
-        return
     if len(data) > 1 and chosen.card.axis != "experts":
         raise _error(f"--data {data[1]}: only methods on experts mix domains; {chosen.name} takes one --data")
     for each in data:
         _data_exists(each)
     _writable(out)
-    _quiet()
-    from sparing.bench.models import load_model
-
-    with _doing(f"Loading {model}"):
-        loaded = load_model(model, device, dtype)
     first = os.environ.get("RANK", "0") == "0"
     unfinished = out / "training"
     if trained and not resume and unfinished.exists() and first:
         raise _error(
             f"--out {out}: holds an unfinished training; pass --resume to go on with it, or take another folder"
         )
-    for budget in budgets:
+    if processes > 1 and "RANK" not in os.environ:
+        _launch(processes, device)
+        return
+    _quiet()
+    from sparing.bench.models import load_model
+
+    with _doing(f"Loading {model}"):
+        loaded = load_model(model, device, dtype)
+    at = {budget: chosen if budget is None else chosen.at(budget, loaded.view.shape) for budget in budgets}
+    for budget, one in at.items():
         folder = out if budget is None else out / f"keep-{budget:g}"
         if resume and budget is not None and (folder / "method.json").is_file():
             continue
-        one = chosen if budget is None else chosen.at(budget, loaded.view.shape)
         if trained:
             options["checkpoint"] = unfinished / folder.name
         fitted = _fitted(one, loaded, data, batches, seed, **options)
         if not first:
             continue
         fitted.save(folder)
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(unfinished / folder.name, ignore_errors=True)
         numbers = sum(tensor.numel() for tensor in fitted.state.values())
         where = "" if budget is None else f" at keep = {budget:g}"
         _console().print(Text(f"{fitted.name}{where}: {numbers:,} fitted numbers. Use it as --method {out}"))
     if first:
+        if unfinished.is_dir() and not any(unfinished.iterdir()):
+            unfinished.rmdir()
         _print_path(out)
 
 
 def _launch(processes: int, device: str) -> None:
-    """This command once more, in as many processes as asked for, by accelerate."""
+    """This command once more, in as many processes as asked for; `accelerate launch --cpu` would start one alone."""
     import subprocess
 
-    words = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--num_processes",
-        str(processes),
-        "--num_machines",
-        "1",
-    ]
-    words += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    words += ["--multi_gpu"] if device == "cuda" else ["--cpu"]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = os.environ | ({} if device.startswith("cuda") else {"ACCELERATE_USE_CPU": "true"})
     try:
-        subprocess.run([*words, "-m", "sparing", *sys.argv[1:]], check=True)
+        subprocess.run([*words, "-m", "sparing", *sys.argv[1:]], check=True, env=environment)
     except subprocess.CalledProcessError as problem:
         raise typer.Exit(problem.returncode) from None
 
@@ -606,6 +599,9 @@ def _search(
         _data_exists(data)
     elif not model.startswith("lab:"):
         raise _error(f"--data: name a text file to judge {model} on")
+    if costs is not None and not costs.is_file():
+        raise _error(f"--costs {costs}: there is no such file; a costs.json of an earlier search is needed")
+    table = None if costs is None else CostTable.from_plain(read_json(costs))
     folder = out or Path("search-" + "".join(c if c.isalnum() else "-" for c in model.rstrip("/").rpartition("/")[2]))
     with _doing(f"Loading {model}"):
         loaded = load_model(model, device, dtype)
@@ -627,7 +623,7 @@ def _search(
         generations=generations,
         portable=portable,
         resume=resume,
-        table=None if costs is None else CostTable.from_plain(read_json(costs)),
+        table=table,
         seed=seed,
         data=data or "of the lab model",
         progress=sys.stderr.isatty(),
@@ -635,11 +631,11 @@ def _search(
     found = found_at.run()
     written = save(found_at, found, data or "of the lab model")
     page = search_report.write(found_at, found)
-    table = Table(box=None, pad_edge=False, show_header=False)
+    shown = Table(box=None, pad_edge=False, show_header=False)
     for name, value in search_report.facts(found_at, found):
-        table.add_row(Text(name, style="bold"), Text(value))
+        shown.add_row(Text(name, style="bold"), Text(value))
     console = _console()
-    console.print(table)
+    console.print(shown)
     console.print("Report:", style="bold", end=" ")
     _print_path(page)
     _print_path(written)
@@ -764,9 +760,9 @@ def _usual_task(loaded: Loaded) -> str:
 
 
 def _data_exists(data: str) -> None:
-    if data != "find-digit" and not Path(data).expanduser().is_file():
+    if data not in ("find-digit", "lab") and not Path(data).expanduser().is_file():
         raise _error(
-            f"--data {data}: there is no such file; a text file, a .jsonl of questions or find-digit is needed"
+            f"--data {data}: there is no such file; a text file, a .jsonl of questions, find-digit or lab is needed"
         )
 
 
@@ -782,6 +778,8 @@ def _fitted(method: Method, loaded: Loaded, data: list[str], batches: int, seed:
 def _batches(loaded: Loaded, data: str, count: int) -> Iterable[Any]:
     from sparing.bench import tasks
 
+    if data == "lab":  # what the model's own task calibrates on
+        return tasks.parse(_usual_task(loaded), loaded).batches(count)
     if data == "find-digit" or data.endswith(".jsonl"):
         task: Task = tasks.parse(data if data == "find-digit" else f"vqa:{data},calibration={data}", loaded)
         return task.batches(count)

@@ -517,7 +517,7 @@ def test_bank_holds_what_the_solver_gives_on_dense_inputs(solver: str, tmp_path:
 
 
 def test_sparse_levels_have_their_exact_zeros(tmp_path: Path) -> None:
-    bank = make(tmp_path, levels=SparsityLevels(0.5, 2, 200))
+    bank = make(tmp_path, "wanda", levels=SparsityLevels(0.5, 2, 200))
     assert {bank.size(name): bank.levels(name) for name in bank.names} == {
         1024: (-2, -1, 0, 1, 2),
         1536: (-2, -1, 0, 1, 2),

@@ -70,7 +70,7 @@ BLANK: Row = {
     "axis": None,  # tokens | depth | width | …
     "keep": None,  # asked share of the axis' cells
     "fields": {},  # hyper-parameters at this budget
-    "control": None,  # None for a method, else random | uniform | frequency | gate | oracle | downsample
+    "control": None,  # None for a method, else random | uniform | static | … | oracle | downsample
     "of": None,  # method that a control belongs to
     "spec": None,  # the method as it was asked for; the same in a method's row and its controls'
     # quality

@@ -25,15 +25,16 @@ CANDIDATES = 4  # mixed candidates that the correction is measured on
 CAREFUL = 15  # … with so many pairs each
 
 
-def facts(kind: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a table depends on beside the model: its kind and, where time counts, shape, threads and device."""
+def facts(kind: str, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table depends on: its kind, the dense model and, where time counts, number type, threads and device."""
     ids = inputs["input_ids"]
+    known = {"kind": kind, "parameters": weights(model), "batch": len(ids), "tokens": ids.shape[1]}
     if kind != "seconds":
-        return {"kind": kind, "batch": len(ids), "tokens": ids.shape[1]}
+        return known
+    weight = next(model.parameters())
     return {
-        "kind": kind,
-        "batch": len(ids),
-        "tokens": ids.shape[1],
+        **known,
+        "dtype": str(weight.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "device": timing_device(ids.device),
     }
@@ -52,7 +53,7 @@ def profile(elastic: Elastic, inputs: Mapping[str, Any], kind: str = "seconds", 
     more. Mixed candidates then say by how much whole models differ from the sum of their units.
 
     Args:
-        elastic: entered already, or not; it is dense afterwards.
+        elastic: entered already, or not; it is dense afterwards, also after an exception.
         inputs: of a prefill.
         kind: seconds (prefill), flops (prefill) or params (of the decoder layers).
     """
@@ -66,7 +67,7 @@ def profile(elastic: Elastic, inputs: Mapping[str, Any], kind: str = "seconds", 
     work = [(members, level) for members in sorts.values() for level in range(len(elastic.units[members[0]].levels))]
     bar = tqdm(work, desc=f"profiling {kind}", disable=not progress)
     measure = _measure(elastic, inputs, kind)
-    with evaluating(model):
+    with evaluating(model), elastic:
         for members, level in bar:
             share = 0.0
             if level < dense[members[0]]:
@@ -83,11 +84,10 @@ def profile(elastic: Elastic, inputs: Mapping[str, Any], kind: str = "seconds", 
         names = tuple(unit.name for unit in elastic.units)
         rest = 1 - sum(costs[-1] for costs in levels)
         floor = measure((0,) * len(names), CAREFUL)
-        table = CostTable(kind, names, tuple(levels), rest, floor, facts=facts(kind, inputs))
+        table = CostTable(kind, names, tuple(levels), rest, floor)
         if kind == "seconds":
             table = replace(table, correction=_correction(table, elastic, measure, progress))
-    elastic.set(dense)
-    return table
+    return replace(table, facts=facts(kind, model, inputs))
 
 
 def _measure(elastic: Elastic, inputs: Mapping[str, Any], kind: str) -> Callable[[Genome, int], float]:
@@ -135,5 +135,6 @@ def _correction(table: CostTable, elastic: Elastic, measure: Callable[[Genome, i
         while table.of(genome) > (1 + table.floor) / 2 and any(genome):
             i = rng.randrange(len(genome))
             genome = (*genome[:i], max(0, genome[i] - 1), *genome[i + 1 :])
-        found.append((1 - measure(genome, CAREFUL)) / (1 - table.of(genome)))
-    return statistics.median(found)
+        if table.of(genome) < 1:  # else nothing is seen to save anything
+            found.append((1 - measure(genome, CAREFUL)) / (1 - table.of(genome)))
+    return statistics.median(found) if found else 1.0

@@ -364,6 +364,9 @@ def _draw_control(ax: Axes, kind: str, known: Sequence[tuple[float, Any]]) -> No
 _ORDER = CONTROLS
 _CONTROL_LOOKS: dict[str, tuple[str, Any, str]] = {
     "uniform": (RANDOM, (0, (5, 2.5)), "s"),
+    "static": (RANDOM, (0, (3, 1.5, 1, 1.5)), "D"),
+    "constant": (RANDOM, (0, (1, 1)), "P"),
+    "termination": (RANDOM, (0, (4, 1, 1, 1, 1, 1)), "X"),
     "frequency": (RANDOM, (0, (5, 2.5)), "D"),
     "gate": (RANDOM, (0, (3, 1.5, 1, 1.5)), "^"),
     "downsample": (RANDOM, (0, (1, 1.5)), "v"),

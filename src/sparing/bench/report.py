@@ -73,6 +73,9 @@ _COLUMNS: tuple[tuple[str, str, Any], ...] = (
     ("loss %", "of quality, against dense", lambda e, x: _number(x.row.get("quality_loss_pct"))),
     ("random", "loss % of random choice, mean ± standard deviation over seeds", lambda e, x: _controlled(x, "random")),
     ("uniform", "loss % of evenly spaced choice", lambda e, x: _controlled(x, "uniform")),
+    ("static", "loss % of one choice for all inputs", lambda e, x: _controlled(x, "static")),
+    ("const.", "loss % of the same depth for every token", lambda e, x: _controlled(x, "constant")),
+    ("termin.", "loss % where the last layers leave first", lambda e, x: _controlled(x, "termination")),
     ("freq.", "loss % when the experts visited most stay", lambda e, x: _controlled(x, "frequency")),
     ("gate", "loss % when the experts with the largest gates stay", lambda e, x: _controlled(x, "gate")),
     ("down-s.", "loss % of images made smaller", lambda e, x: _controlled(x, "downsample")),
@@ -159,6 +162,9 @@ _ALL = (
     "loss %",
     "random",
     "uniform",
+    "static",
+    "const.",
+    "termin.",
     "freq.",
     "gate",
     "down-s.",
@@ -168,7 +174,7 @@ _ALL = (
     "bound",
     "efficiency",
 )
-_SOME = ("keep", "quality", "loss %", "random", "uniform", "freq.", "prefill", "decode", "efficiency")
+_SOME = ("keep", "quality", "loss %", "random", "uniform", "static", "freq.", "prefill", "decode", "efficiency")
 _FEW = ("keep", "loss %", "random", "prefill", "decode")
 _DETAIL = (
     (_ALL, True),
@@ -519,7 +525,11 @@ def _table(experiment: Experiment) -> dict[str, Any]:
         "task": experiment.task,
         "metric": _metric(experiment),
         "heads": [
-            (head, meaning, head in SPOKEN.values() or head in ("down-s.", "freq.", "gate"))
+            (
+                head,
+                meaning,
+                head in SPOKEN.values() or head in ("down-s.", "freq.", "gate", "static", "const.", "termin."),
+            )
             for head, meaning, _ in columns
         ],
         "lines": lines,

@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import ceil, floor
 from pathlib import Path
 from typing import Any
 
@@ -199,18 +200,39 @@ class Search:
         table = CostTable.from_plain(read_json(file)) if given is None and file.is_file() else given
         if table is None:
             table = profiling.profile(self.elastic, self.inputs, kind, progress=self.progress)
-        table.matches(names, sizes, profiling.facts(kind, self.inputs))
+        table.matches(names, sizes, profiling.facts(kind, self.model, self.inputs))
         self._write("costs.json", table.plain())
         return table
 
     def _reachable(self) -> None:
-        if self.table.floor > self.target.cost * (1 + 1e-9):
-            name, most = self.target.kind, self.table.floor
-            reach = f"the largest is {1 / most:.2f}" if name == "speedup" else f"the least is {most:.3f}"
-            raise Error(
-                f"{name} = {self.target.value:g}: out of reach on these axes, {reach}, where every sub-layer is at "
-                "its lowest level"
+        least = self._least(self.table)
+        if least > self.target.cost * (1 + 1e-9):
+            (self.out / "search.json").unlink()  # the table stays, for another target in this folder
+            speedup = self.target.kind == "speedup"
+            reach = (
+                f"the largest is {floor(100 / least) / 100:.2f}"
+                if speedup
+                else f"the least is {ceil(1000 * least) / 1000}"
             )
+            raise Error(
+                f"{self.target.kind} = {self.target.value:g}: out of reach on these axes, {reach}, where next to "
+                "nothing is left of the layers"
+            )
+
+    def _least(self, table: CostTable) -> float:
+        """Cost of the cheapest candidate that leaves something of the model."""
+        units = self.elastic.units
+        lowest = (0,) * len(units)
+        if self.portable:
+            layers = {unit.layer for unit in units}
+            narrow = {unit.site: self._lowest(unit.site) for unit in units}
+            goes = [layers - {stays} for stays in layers] if self._removable else [set()]
+            points = [self._alike(narrow, sorted(gone)) for gone in goes]
+        elif any(unit.levels[0] for unit in units):
+            points = [lowest]
+        else:
+            points = [(*lowest[:i], 1, *lowest[i + 1 :]) for i in range(len(units))]
+        return min(map(table.of, points))
 
     # ---- candidates within the budget
 
@@ -238,7 +260,8 @@ class Search:
     def child(self, parents: list[Genome], rng: random.Random) -> Genome:
         """A few units change, by a level or all the way; random others pay for it."""
         if self.portable:
-            return self._portable_child(parents[0], rng)
+            child = self._portable_child(parents[0], rng)
+            return child if self.fits(child) else parents[0]  # one layer may be dearer than another
         levels = list(parents[0])
         for _ in range(moves(rng)):
             i = rng.randrange(len(levels))
@@ -267,11 +290,10 @@ class Search:
     def _portable_filled(self, widths: dict[str, int], gone: list[int], rng: random.Random) -> Genome:
         """Layers go by lot until the budget holds, and come back by lot where it allows."""
         layers = sorted({unit.layer for unit in self.elastic.units})
-        removable = self._lowest("attention") > 0
         while not self.fits(self._alike(widths, gone)):
             left = [layer for layer in layers if layer not in gone]
             narrower = [site for site, width in widths.items() if width > self._lowest(site)]
-            if removable and len(left) > 1:
+            if self._removable and len(left) > 1:
                 gone.append(rng.choice(left))
             elif narrower:
                 widths[rng.choice(narrower)] -= 1
@@ -283,6 +305,11 @@ class Search:
                 gone = fewer
         return self._alike(widths, gone)
 
+    @property
+    def _removable(self) -> bool:
+        """Whether whole layers may go."""
+        return all(unit.levels[0] == 0 for unit in self.elastic.units)
+
     def _lowest(self, site: str) -> int:
         """Lowest level of a layer that stays; above 0 where depth is an axis, since level 0 is the removed layer."""
         return min(1 if unit.levels[0] == 0 else 0 for unit in self.elastic.units if unit.site == site)
@@ -291,8 +318,8 @@ class Search:
         """Width of each site and layers that are gone."""
         here = list(zip(self.elastic.units, genome))
         gone = sorted({u.layer for u, level in here if not u.levels[level]})
-        widths = {u.site: level for u, level in here if u.levels[level]}
-        return widths, gone
+        tops = {u.site: top for u, top in zip(self.elastic.units, self._tops)}  # of a site that is gone everywhere
+        return tops | {u.site: level for u, level in here if u.levels[level]}, gone
 
     # ---- where it starts
 
@@ -353,13 +380,7 @@ class Search:
     def run(self) -> Found:
         """Searches, cuts, measures; corrects the table and goes on where the measured speed-up is off."""
         with self.elastic, evaluating(self.model):
-            file = self.out / "state.json"
-            state: dict[str, Any] = read_json(file) if file.is_file() else {"round": 0, "done": False}
-            if "table" in state:
-                self.table = CostTable.from_plain(state["table"])
-            search = Evolution(self._parents(state), self.child, self.fitness, **self._evolution)
-            if "search" in state:
-                search.restore(state["search"])
+            state, search = self._restored()
             while True:
                 self._generate(search, state)
                 found = self._found(search)
@@ -373,10 +394,25 @@ class Search:
             self._save(state, search)
         return found
 
-    def _parents(self, state: Mapping[str, Any]) -> list[Genome]:
-        """The best of the starts; a resumed search has its own."""
-        if "search" in state:
-            return [tuple(parent) for parent in state["search"]["parents"]]
+    def _restored(self) -> tuple[dict[str, Any], Evolution]:
+        """Where the search stands: at its start, or where the folder says."""
+        file = self.out / "state.json"
+        if not file.is_file():
+            start = Evolution(self._start(), self.child, self.fitness, **self._evolution)
+            return {"round": 0, "done": False}, start
+        state = read_json(file)
+        try:
+            self.table = CostTable.from_plain(state["table"])
+            search = Evolution([self._tops], self.child, self.fitness, **self._evolution)
+            search.restore(state["search"])
+            for parent in search.parents:
+                self.table.of(parent)
+            return {"round": int(state["round"]), "done": bool(state["done"])}, search
+        except (KeyError, TypeError, ValueError, IndexError) as problem:
+            raise Error(f"{file}: is damaged ({type(problem).__name__}: {problem}); take another folder") from problem
+
+    def _start(self) -> list[Genome]:
+        """The best of the starts."""
         points = [point for point in self.starts() if self.fits(point)]
         if not points:
             raise Error(f"{self.target.kind} = {self.target.value:g}: no candidate keeps it; lower it, or add an axis")
@@ -405,8 +441,8 @@ class Search:
         small = cut(self.model, self.elastic.plan(search.best)).eval()
         ratio = measured(self.model, small, self.inputs) if self.target.kind == "speedup" else None
         kept = {u.name: (u.levels[level], u.levels[-1]) for u, level in zip(self.elastic.units, search.best)}
-        fitness = search.values[0] if search.values else float("nan")
-        return Found(search.best, kept, fitness, list(search.history), ratio, self.table.of(search.best), small)
+        fitness = search.values or self.fitness([search.best], self._evolution["stages"][-1].effort, self._seed)
+        return Found(search.best, kept, fitness[0], list(search.history), ratio, self.table.of(search.best), small)
 
     def _off(self, found: Found, state: dict[str, Any]) -> bool:
         """Whether another round is due: then the table says what was measured."""
@@ -415,9 +451,12 @@ class Search:
         if abs(found.ratio.median / self.target.value - 1) <= TOLERANCE:
             return False
         saved = 1 - found.cost
-        if saved <= 0:
+        if saved <= 0 or found.ratio.median <= 1:  # what was measured says nothing of what more cuts would save
             return False
-        self.table = replace(self.table, correction=self.table.correction * (1 - 1 / found.ratio.median) / saved)
+        table = replace(self.table, correction=self.table.correction * (1 - 1 / found.ratio.median) / saved)
+        if self._least(table) > self.target.cost:
+            return False
+        self.table = table
         state["round"] += 1
         return True
 
@@ -450,6 +489,13 @@ def save(search: Search, found: Found, data: str) -> Path:
         "parameters before": f"{sum(p.numel() for p in search.model.parameters()):,}",
     }
     small.sparing_origin = {"method": "search", "fields": {"target": str(search.target)}}  # type: ignore[assignment]
-    loaded = search.loaded
-    save_pretrained(small, search.out / "model", processor=loaded.processor or loaded.tokenizer, card=facts)
+    save_pretrained(small, search.out / "model", processor=_processor(search.loaded), card=facts)
     return search.out / "model"
+
+
+def _processor(loaded: Loaded) -> Any:
+    """What goes with the model; None where it brought nothing, for which no search is thrown away."""
+    try:
+        return loaded.processor if loaded.sees else loaded.tokenizer
+    except Error:
+        return None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sparing.bench import pictures
 from sparing.bench.search import Found, Search
 from sparing.bench.summary import percent
+from sparing.engine.checkpoint import not_portable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +34,7 @@ def facts(search: Search, found: Found) -> list[tuple[str, str]]:
         ("KL to dense", f"{found.fitness:.4f} nats a token"),
         ("Generations", f"{len(found.history)}, {search.fitness.evaluated:,} tokens evaluated in this process"),
         ("Parameters", f"{_size(found.model) / _size(search.model):.1%} of {_size(search.model):,}"),
-        ("Loads in", "plain transformers" if search.portable else "sparing.from_pretrained"),
+        ("Loads in", "sparing.from_pretrained" if not_portable(found.model) else "plain transformers"),
     ]
     return rows
 

@@ -10,10 +10,23 @@ from typing import Any
 
 Row = Mapping[str, Any]
 
-CONTROLS = ("random", "uniform", "frequency", "gate", "downsample", "oracle")  #: in the order in which they are shown
+CONTROLS = (
+    "random",
+    "uniform",
+    "static",
+    "constant",
+    "termination",
+    "frequency",
+    "gate",
+    "downsample",
+    "oracle",
+)  #: in the order in which they are shown
 RIVALS = (
     "random",
     "uniform",
+    "static",
+    "constant",
+    "termination",
     "frequency",
     "gate",
     "downsample",
@@ -91,7 +104,7 @@ class Line:
         beats, rivals, random = self.row.get("beats_control"), self.rivals, self.control("random")
         ahead = [k for k in rivals if k != "random" or (random and self.row["quality_loss_pct"] > random.mean)]
         if beats is True:
-            others = [kind for kind in ("random", "uniform", "frequency", "gate") if self.control(kind) is not None]
+            others = [kind for kind in RIVALS if kind != "downsample" and self.control(kind) is not None]
             parts, tone = [f"beats {_listed([SPOKEN[kind] for kind in others] or ['its control'])}"], "good"
             ahead = [kind for kind in ahead if kind == "downsample"]
         elif beats is False:
@@ -108,6 +121,9 @@ class Line:
 SPOKEN = {
     "random": "random",
     "uniform": "uniform",
+    "static": "static choice",
+    "constant": "constant depth",
+    "termination": "early termination",
     "frequency": "frequency",
     "gate": "summed gate",
     "downsample": "down-sampling",

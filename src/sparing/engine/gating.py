@@ -18,6 +18,7 @@ from sparing.grid.method import Error
 # Shape letters: B images, C input channels, K filters, H and W of an image; R tokens, D hidden, N neurons.
 
 Label = Callable[[Tensor], Tensor]  # strengths (B, K) -> which fire, bool (B, K)
+_PIECE = 1 << 20  # bytes of a weight that are gathered at a time on a CPU
 
 
 # --------------------------------------------------------------------------- convolutions
@@ -316,8 +317,18 @@ def _rows(linear: nn.Linear, x_RD: Tensor, index_U: Tensor) -> Tensor:
         raise Error(f"{type(linear).__name__}: its rows cannot be gathered; a plain linear layer is needed")
     if len(index_U) == linear.out_features:
         return F.linear(x_RD, linear.weight, linear.bias)
-    bias = None if linear.bias is None else linear.bias.index_select(0, index_U)
-    return F.linear(x_RD, linear.weight.index_select(0, index_U), bias)
+    rows = len(index_U)
+    if x_RD.device.type == "cpu":  # copies that stay in the cache: fresh memory would cost more than the product
+        rows = _PIECE // (linear.in_features * linear.weight.element_size())
+    parts = [
+        F.linear(
+            x_RD,
+            linear.weight.index_select(0, index),
+            None if linear.bias is None else linear.bias.index_select(0, index),
+        )
+        for index in index_U.split(max(rows, 1))
+    ]
+    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
 
 @torch.no_grad()

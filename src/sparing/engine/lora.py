@@ -102,21 +102,12 @@ def adapt(
 
 
 def merged(model: nn.Module, method: Method) -> dict[str, Tensor]:
-    """The weights of the model with a method's LoRA in them, by parameter name; empty without one.
-
-    A method may say that its LoRA is not in force by the optional verb `adapts(layers) -> bool`: one that repairs what
-    skipping breaks has nothing to repair where all `layers` run, and the model is then the user's own.
-    """
-    adapts = getattr(method, "adapts", None)
-    parts = _parts(method)
-    if not parts or (adapts is not None and not adapts(len(View(model)))):
-        return {}
-    own, scale = dict(model.named_parameters()), float(method.state["lora.scale"])
-    found = {}
+    """The weights of the model with a method's LoRA in them, by parameter name; empty without one."""
+    own, found = dict(model.named_parameters()), {}
     with torch.no_grad():
-        for name, (A, B) in parts.items():
+        for name, (A, B) in _parts(method).items():
             weight = method.state.get(f"weight.{name}", own[name]).to(own[name])
-            change = scale * (B.to(weight.device).float() @ A.to(weight.device).float())
+            change = float(method.state["lora.scale"]) * (B.to(weight.device).float() @ A.to(weight.device).float())
             found[name] = (weight.float() + change).to(weight.dtype)
     return found
 

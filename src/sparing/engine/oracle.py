@@ -165,9 +165,9 @@ def explore(
         stack.enter_context(evaluating(model))
         if method is not None:
             stack.enter_context(_tuned(model, _weights(method)))
-        keys = DynamicCache()
+        keys: Any = DynamicCache()
         tree.view.decoder(input_ids=ids_T[None], past_key_values=keys, use_cache=True)
-        tree.past = [(entry.keys, entry.values) for entry in keys.layers]  # type: ignore[misc]
+        tree.past = [(entry.keys, entry.values) for entry in keys.layers]
         stack.enter_context(tree.planted())
         for column, label_M in zip(tqdm(at, desc="routes", disable=not progress), labels_NM, strict=True):
             logits_RV = tree.run(ids_T[column], column)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import os
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,7 @@ class Training:
         epochs: passes over the batches.
         lr: peak learning rate; None takes the method's.
         warmup: share of steps with a rising rate; it falls to zero along a cosine.
-        weight_decay, clip: of AdamW; limit of the gradient's norm.
+        weight_decay, clip: of AdamW; limit of the gradient's norm, above 0.
         checkpoint: folder for an unfinished training, None keeps it in memory only. A training that finds its file
             there goes on with it, with the same result as if it had never stopped.
         every: seconds between checkpoints.
@@ -77,10 +79,19 @@ class Training:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name, low in (("epochs", 1), ("lr", 0), ("warmup", 0), ("weight_decay", 0), ("clip", 0), ("every", 0)):
+        if not (isinstance(self.epochs, int) and not isinstance(self.epochs, bool) and self.epochs >= 1):
+            raise Error(f"epochs = {short(self.epochs)}: must be a whole number >= 1")
+        for name in ("lr", "warmup", "weight_decay", "clip", "every"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value >= low):
-                raise Error(f"{name} = {short(value)}: must be a number >= {low}")
+            if value is None and name == "lr":
+                continue
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or value < 0:
+                raise Error(f"{name} = {short(value)}: must be a number >= 0")
+        if self.warmup > 1:
+            raise Error(f"warmup = {self.warmup:g}: must be a share of the steps, at most 1")
+        if self.clip == 0:
+            raise Error("clip = 0: must be above 0; at 0 nothing would be learned")
 
 
 def labelled(batches: Iterable[Batch]) -> list[Batch]:
@@ -110,7 +121,8 @@ def train(
         `objective.learned()`, detached copies.
 
     Raises:
-        Error: a checkpoint of another training is in the way, or less batches than processes.
+        Error: a checkpoint of another training or a damaged one is in the way, less batches than processes, nothing
+            to train, or a loss that is no number.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
@@ -124,16 +136,18 @@ def train(
     mine = list(data[accelerator.process_index :: accelerator.num_processes])
     mine = mine[: len(data) // accelerator.num_processes]
     parameters = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=lr if how.lr is None else how.lr, weight_decay=how.weight_decay, betas=(0.9, 0.98)
-    )
+    if not parameters:
+        raise Error(f"{name}: no parameter is left to train")
+    rate = lr if how.lr is None else how.lr
+    how = replace(how, lr=rate)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=how.weight_decay, betas=(0.9, 0.98))
     steps = (how.epochs if epochs is None else epochs) * len(mine)
     rise = max(1, round(how.warmup * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda t: min((t + 1) / rise, 0.5 * (1 + math.cos(math.pi * max(0, t - rise) / max(1, steps - rise)))),
     )
-    kept = _Checkpoint(how, name, steps, objective)
+    kept = _Checkpoint(how, name, objective, {"steps": steps, "processes": accelerator.num_processes}, data)
     done = kept.restore(objective, optimizer, schedule)
     whole = objective if alone else accelerator.prepare_model(objective)
     bar = tqdm(total=steps, initial=done, desc=name, disable=not (how.progress and accelerator.is_main_process))
@@ -167,52 +181,91 @@ def train(
 
 
 class _Checkpoint:
-    """The file of one training: what was learned, the optimiser, the place in the schedule, and the generator."""
+    """The file of one training: what was learned, the optimiser, the place in the schedule, and the generators."""
 
-    def __init__(self, how: Training, name: str, steps: int, objective: Objective) -> None:
+    def __init__(
+        self, how: Training, name: str, objective: Objective, facts: Mapping[str, int], data: Sequence[Batch]
+    ) -> None:
         self._every, self._last = how.every, time.monotonic()
         slug = "".join(c if c.isalnum() else "-" for c in name)
         self._file = None if how.checkpoint is None else Path(how.checkpoint) / f"{slug}.pt"
-        self._what = {"steps": steps, "sizes": {k: list(v.shape) for k, v in objective.learned().items()}}
+        self._device = next(objective.parameters()).device
+        self._what: dict[str, Any] = {
+            **facts,
+            **{key: getattr(how, key) for key in ("lr", "warmup", "weight_decay", "clip")},
+            "method": [f"{m.name}: {m.fields()}" for m in vars(objective).values() if isinstance(m, Method)],
+            "data": "" if self._file is None else _digest(data),
+            "sizes": {k: list(v.shape) for k, v in objective.learned().items()},
+        }
 
     def restore(self, objective: Objective, optimizer: Any, schedule: Any) -> int:
         """Steps that lie behind, everything as it was after them."""
         if self._file is None or not self._file.is_file():
             return 0
         try:
-            held = torch.load(self._file, weights_only=True)
-            same = held["what"] == self._what
+            with zipfile.ZipFile(self._file) as parts:  # torch does not look at the checksums that it writes
+                if (part := parts.testzip()) is not None:
+                    raise ValueError(f"{part} is not what was written")
+            held = torch.load(self._file, weights_only=True, map_location="cpu")
+            other = [key for key, now in self._what.items() if held["what"].get(key) != now]
+            if not other:
+                with torch.no_grad():
+                    for name, tensor in objective.learned().items():
+                        tensor.copy_(held["learned"][name])
+                optimizer.load_state_dict(held["optimizer"])
+                schedule.load_state_dict(held["schedule"])
+                self._draws(held["rng"])
+                return int(held["step"])
         except Exception as problem:
-            raise Error(f"checkpoint = '{self._file}': is damaged ({problem}); delete it to start again") from problem
-        if not same:
-            raise Error(f"checkpoint = '{self._file}': is of another training; delete it, or take another folder")
-        with torch.no_grad():
-            for name, tensor in objective.learned().items():
-                tensor.copy_(held["learned"][name])
-        optimizer.load_state_dict(held["optimizer"])
-        schedule.load_state_dict(held["schedule"])
-        torch.set_rng_state(held["rng"])
-        return int(held["step"])
+            raise Error(
+                f"checkpoint = '{self._file}': is damaged ({type(problem).__name__}: {short(str(problem))}); delete it "
+                "to start again"
+            ) from problem
+        said = ", ".join(
+            "other tensors" if key == "sizes" else f"{key} {short(held['what'].get(key))}, now {short(self._what[key])}"
+            for key in other
+        )
+        raise Error(f"checkpoint = '{self._file}': is of another training ({said}); delete it, or take another folder")
 
     def save(self, step: int, objective: Objective, optimizer: Any, schedule: Any, now: bool = False) -> None:
         """A new file in place of the old one, whole or not at all, where it is time."""
         if self._file is None or not (now or time.monotonic() - self._last >= self._every):
             return
         self._last = time.monotonic()
-        self._file.parent.mkdir(parents=True, exist_ok=True)
         beside = self._file.with_suffix(".new")
-        torch.save(
-            {
-                "what": self._what,
-                "step": step,
-                "learned": {k: v.detach() for k, v in objective.learned().items()},
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "rng": torch.get_rng_state(),
-            },
-            beside,
-        )
-        os.replace(beside, self._file)
+        held = {
+            "what": self._what,
+            "step": step,
+            "learned": {k: v.detach() for k, v in objective.learned().items()},
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "rng": self._draws(),
+        }
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(held, beside)
+            os.replace(beside, self._file)
+        except (OSError, RuntimeError) as problem:
+            why = getattr(problem, "strerror", None) or short(str(problem))
+            raise Error(f"checkpoint = '{self._file.parent}': cannot be written to ({why})") from problem
+
+    def _draws(self, states: list[Tensor] | None = None) -> list[Tensor]:
+        """States of torch's generators, of the CPU and of the device that trains; given some, those from now on."""
+        cuda = self._device.type == "cuda"
+        if states is not None:
+            torch.set_rng_state(states[0])
+            if cuda and len(states) > 1:
+                torch.cuda.set_rng_state(states[1], self._device)
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self._device)] if cuda else [])]
+
+
+def _digest(data: Sequence[Batch]) -> str:
+    """A number for the tokens that are trained on."""
+    seen = hashlib.sha256()
+    for batch in data:
+        if "input_ids" in batch:
+            seen.update(batch["input_ids"].cpu().contiguous().numpy().tobytes())
+    return seen.hexdigest()[:16]
 
 
 def student(model: nn.Module, trains: Callable[[str], bool] = lambda name: False) -> nn.Module:

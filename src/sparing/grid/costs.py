@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,9 +79,13 @@ class CostTable:
             levels = tuple(tuple(float(cost) for cost in costs) for costs in data["levels"])
             names = tuple(str(name) for name in data["names"])
             rest, floor, correction = (float(data[key]) for key in ("rest", "floor", "correction"))
-            table = cls(str(data["kind"]), names, levels, rest, floor, correction, data["facts"])
-        except (KeyError, TypeError, ValueError) as problem:
+            table = cls(str(data["kind"]), names, levels, rest, floor, correction, dict(data["facts"]))
+        except KeyError as problem:
+            raise Error(f"costs: no table of costs: {problem} is missing") from problem
+        except (TypeError, ValueError, OverflowError) as problem:
             raise Error(f"costs: no table of costs: {problem}") from problem
-        if table.kind not in KINDS or len(names) != len(levels) or any(list(c) != sorted(c) for c in levels):
+        finite = all(map(math.isfinite, (rest, floor, correction, *(cost for costs in levels for cost in costs))))
+        falls = any(not costs or costs[0] < 0 or list(costs) != sorted(costs) for costs in levels)
+        if table.kind not in KINDS or len(names) != len(levels) or not finite or falls:
             raise Error(f"costs: kind = {short(table.kind)}, {len(names)} names, {len(levels)} units: damaged")
         return table

@@ -13,7 +13,7 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     >>> straight_through((p > 0.5).float(), p).tolist()
     [0.0, 1.0]
     """
-    return soft + (hard.to(soft.dtype) - soft).detach()
+    return hard.detach().to(soft.dtype) + (soft - soft.detach())
 
 
 def gumbel(logits: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
@@ -24,11 +24,11 @@ def gumbel(logits: Tensor, temperature: float = 1.0, generator: torch.Generator 
 
 
 def mean_over(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean of x where the mask holds; mask broadcasts from the left, None takes all."""
+    """Mean of x where the mask holds, whatever stands elsewhere; mask broadcasts from the left, None takes all."""
     if mask is None:
         return x.mean()
-    weight = mask.to(x.dtype).reshape(*mask.shape, *[1] * (x.ndim - mask.ndim)).expand_as(x)
-    return (x * weight).sum() / weight.sum().clamp(min=1)
+    holds = mask.bool().reshape(*mask.shape, *[1] * (x.ndim - mask.ndim)).expand_as(x)
+    return x.masked_fill(~holds, 0).sum() / holds.sum().clamp(min=1)
 
 
 def budget_loss(p: Tensor, rho: float, mask: Tensor | None = None) -> Tensor:

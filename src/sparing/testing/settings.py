@@ -30,11 +30,8 @@ BUDGETS["skipdecode"] = {  # so short a reference length that layers leave withi
     "mid": "skipdecode:e_max=5,e_min=4,T_ref=3",
     "cut": "skipdecode:e_max=5,e_min=2,T_ref=3",
 }
-BUDGETS["first"] = {  # a batch runs the layers that any of its sequences keeps: at R = 3 two keep up to four
-    "full": f"first:R={LAYERS}",
-    "mid": "first:R=5,router=static",
-    "cut": "first:R=3",
-}
+# a batch runs the layers that any of its sequences keeps: at R = 3 two may keep four
+BUDGETS["first"] = {"mid": "first:R=5,router=static"}
 for name in ("qwen3", "gemma3"):  # its attention, which every token runs, is more than half of a layer
     BUDGETS[f"duo-llm {name}"] = {"cut": "duo-llm:rho=0.1"}
 BUDGETS["random-ffn"] = {"mid": "random-ffn:skip=0.3,W=1", "cut": "random-ffn:skip=0/0.9/0.6/0.7/1/0.8,W=1"}

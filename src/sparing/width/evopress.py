@@ -218,7 +218,9 @@ class EvoPress(SurgeryMethod):
         names = list(bank.names)
         sizes = [bank.size(name) for name in names]
         groups = [list(range(len(names)))] if sparse else _alike(sizes)
-        low, high = (-8, 8) if sparse else (0, len(WIDTHS) - 1)
+        have = [bank.levels(name) for name in names]  # a small matrix has fewer levels of sparsity
+        low = [levels[0] if sparse else 0 for levels in have]
+        high = [levels[-1] if sparse else len(WIDTHS) - 1 for levels in have]
         target = 0 if sparse else self.amount
 
         def drawn(rng: random.Random) -> Genome:
@@ -230,14 +232,14 @@ class EvoPress(SurgeryMethod):
         def mutated(parents: list[Genome], rng: random.Random) -> Genome:
             return switched(parents[0], groups, low, high, rng)
 
-        dense = {name: weight.clone() for name, weight in bank.weights(model).items()}
+        own = dict(model.named_parameters())
+        dense = {name: own[name].data for name in names}
         loaded: dict[str, int] = {}
 
         def switch(genome: Genome) -> None:
             if genome == ():  # the dense model
-                for name, weight in bank.weights(model).items():
-                    if name in loaded:
-                        weight.copy_(dense[name])
+                for name in loaded:
+                    own[name].data = dense[name]
                 loaded.clear()
             else:
                 wanted = {n: level if sparse else WIDTHS[level] for n, level in zip(names, genome)}
