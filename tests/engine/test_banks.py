@@ -17,16 +17,18 @@ from torch import Tensor
 
 import sparing
 from sparing.engine import banks
-from sparing.engine.banks import (
-    Bank,
+from sparing.engine.banks import Bank, at_levels, hessian, linears, load_levels_
+from sparing.engine.units import observe
+from sparing.engine.view import View
+from sparing.grid.compress import (
+    BITS,
+    DATA_FREE,
+    PRUNERS,
+    SOLVERS,
     Gram,
     SparsityLevels,
-    at_levels,
     gptq,
-    hessian,
     inverse_factor,
-    linears,
-    load_levels_,
     magnitude,
     pack,
     rtn,
@@ -35,8 +37,6 @@ from sparing.engine.banks import (
     unpack,
     wanda,
 )
-from sparing.engine.units import observe
-from sparing.engine.view import View
 from sparing.testing.models import ARCHITECTURES, build, prompt
 
 OUT, C, N = 24, 40, 400
@@ -253,7 +253,7 @@ def test_identity_hessian_makes_sparsegpt_magnitude_and_gptq_rtn() -> None:
 # --------------------------------------------------------------------------- quantising
 
 
-@pytest.mark.parametrize("bits", banks.BITS)
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group", [1, 16, 40, 128])
 def test_rtn_is_off_by_at_most_half_a_scale(bits: int, group: int) -> None:
     w = matrix() + 0.7
@@ -322,7 +322,7 @@ def test_act_order_keeps_groups_of_neighbours_and_settles_the_active_first() -> 
     assert not torch.equal(found[:, int(order[-1])], rtn(w, 3, 16)[0][:, int(order[-1])])
 
 
-@pytest.mark.parametrize("bits", banks.BITS)
+@pytest.mark.parametrize("bits", BITS)
 def test_pack_leaves_no_gaps_and_comes_back(bits: int) -> None:
     codes = torch.randint(0, 2**bits, (5, 13), dtype=torch.uint8)
     packed = pack(codes, bits)
@@ -436,8 +436,8 @@ def model() -> Any:
 
 
 def make(folder: Path, solver: str = "sparsegpt", net: Any = None, **options: Any) -> Bank:
-    levels = options.pop("levels", SPARSE if solver in banks.PRUNERS else (2, 4))
-    data = None if solver in banks.DATA_FREE else batches()
+    levels = options.pop("levels", SPARSE if solver in PRUNERS else (2, 4))
+    data = None if solver in DATA_FREE else batches()
     return Bank.build(net or model(), data, folder, levels, solver=solver, group=16, progress=False, **options)
 
 
@@ -489,7 +489,7 @@ def test_a_model_that_adds_between_layers_is_refused(tmp_path: Path) -> None:
     refuses(lambda: make(tmp_path / "between", "wanda", net=net), "layer 3", "layer 2")
 
 
-@pytest.mark.parametrize("solver", banks.SOLVERS)
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_bank_holds_what_the_solver_gives_on_dense_inputs(solver: str, tmp_path: Path) -> None:
     net = model()
     before = {k: v.clone() for k, v in net.state_dict().items()}

@@ -78,7 +78,8 @@ def full_budget(s: Subject) -> None:
         with s.attach(s.at("full")) as run:
             _generate(s.model, s.prompt())
         share = run.trace.share(s.card.axis)
-        return expect(share == 1, f"the trace shows a share of {share:.3g} of the {s.card.axis} at full budget")
+        expect(share == 1, f"the trace shows a share of {share:.3g} of the {s.card.axis} at full budget")
+        return
     batch = s.prompt()
     dense, long = _logits(s.model, batch), _generate(s.model, batch)
     method = s.at("full")

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sparing.engine.banks import Bank, load_levels_, sparsity_levels
+from sparing.engine.banks import Bank, load_levels_
 from sparing.engine.elastic import Elastic, units
 from sparing.engine.fitness import Fidelity
 from sparing.engine.surgery import LayerCut, Plan, SurgeryMethod
 from sparing.engine.view import View
+from sparing.grid.compress import sparsity_levels
 from sparing.grid.method import (
     BudgetError,
     Card,
