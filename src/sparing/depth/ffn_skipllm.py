@@ -56,7 +56,7 @@ class FfnSkipLLM(StreamMethod):
     Controls save as much a token: `random` skips FFNs of [s, e) by lot, `static` the same ones for every token, those
     with the largest m_l (and one more for a part of the tokens).
 
-    Cost of the decision: a cosine for each FFN that is tested, about 6 D operations.
+    Cost of the decision: a cosine for each FFN that is tested, about 6 D operations, and on an accelerator one wait.
 
     Departures: neither values nor control flow were available; W, theta and k are proposals, s and e the calibration's.
     More skipped with a longer run k (at the same theta) holds for tokens that stay saturated, not for all: a longer run
@@ -70,6 +70,10 @@ class FfnSkipLLM(StreamMethod):
         s, e: first layer that may skip, and the first behind it that may not; none is as calibrated.
         theta: least cosine; above 1 nothing is skipped.
         k: FFNs skipped after a hit; none is all up to e.
+
+    >>> method = FfnSkipLLM(theta=0.95, k=3)
+    >>> method.skipped(torch.full((1, 11), 0.99), s=2, e=10)[0].nonzero().flatten().tolist()
+    [3, 4, 5, 7, 8, 9]
     """
 
     W: int = integer(25, "generated tokens that run everything", low=0)
@@ -93,20 +97,20 @@ class FfnSkipLLM(StreamMethod):
         if not s <= layer < e:
             return
         if layer == s:
-            until_BN = torch.zeros(stream.hidden.shape[:2], dtype=torch.long, device=stream.hidden.device)
+            until_BN = torch.zeros(stream.hidden.shape[:2], dtype=torch.long)  # on the CPU, where it is read
         else:
             until_BN, tests = stream.memory["ffn-skipllm"]
             if tests:
                 c_BN = cosine(*stream.watched_mlp())
                 if stream.common_step is None:  # prompt, and generated tokens in warm-up, never hit
                     c_BN = c_BN.masked_fill(stream.step < self.W, -math.inf)
-                until_BN = self._after(until_BN, layer - 1, c_BN)
+                until_BN = self._after(until_BN, layer - 1, c_BN.cpu())
         skip_BN = layer < until_BN
         skipped = int(skip_BN.sum())
         tests = skipped < skip_BN.numel() and layer + 1 < e
         stream.memory["ffn-skipllm"] = until_BN, tests
         if skipped:
-            stream.bypass_mlp(skip_BN if skipped < skip_BN.numel() else True)
+            stream.bypass_mlp(skip_BN.to(stream.hidden.device) if skipped < skip_BN.numel() else True)
         if tests:
             stream.watch_mlp()
 
@@ -128,6 +132,10 @@ class FfnSkipLLM(StreamMethod):
             out_RL[:, layer] = layer < until_R
             until_R = self._after(until_R, layer, c_RL[:, layer])
         return out_RL
+
+    @property
+    def horizon(self) -> int:
+        return 8 * self.W
 
     # ---- budget
 

@@ -115,6 +115,10 @@ class SkipDecode(ScheduledLayers):
         """Layers a token runs on average, over T_ref tokens."""
         return sum(min(self.lasts(layer, L), self.T_ref) for layer in range(L)) / self.T_ref
 
+    @property
+    def horizon(self) -> int:
+        return self.T_ref
+
     # ---- budget
 
     def at(self, keep: float, shape: Shape) -> Self:
