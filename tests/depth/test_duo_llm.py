@@ -437,15 +437,17 @@ def test_uniform_spaces_big_layers_evenly() -> None:
     even = fitted().control("uniform", LAB)
     assert isinstance(even, DuoLlm) and even.state is not None and even.router == "even"
     steps = torch.arange(-30, 50)
-    for k in range(13):
-        found = cells(even.replace(rho=k / 12), steps, 12)
-        assert (found.sum(1) == k).all() and (found == found[0]).all()  # every token the same k layers
-        at = found[0].nonzero().flatten()
-        assert k < 2 or int(at.diff().max() - at.diff().min()) <= 1
-    assert torch.equal(cells(even.replace(rho=1 / 3), steps, 12)[0].nonzero().flatten(), torch.tensor([1, 4, 7, 10]))
-    assert float(cells(even.replace(rho=0.377), torch.arange(1000), 12).float().mean()) == pytest.approx(
-        0.377, abs=1e-4
-    )
+    for L in (6, 12, 31):
+        for k in range(L + 1):
+            found = cells(even.replace(rho=k / L), steps, L)
+            assert (found.sum(1) == k).all() and (found == found[0]).all()  # every token the same k layers
+            at = found[0].nonzero().flatten()
+            assert k < 2 or (int(at.diff().max() - at.diff().min()) <= 1 and int(at[-1]) == L - 1)
+            assert k == 0 or int(at[0]) == 0
+    assert cells(even.replace(rho=1 / 3), steps, 12)[0].nonzero().flatten().tolist() == [0, 4, 7, 11]
+    between = cells(even.replace(rho=0.377), torch.arange(1000), 12)
+    assert float(between.float().mean()) == pytest.approx(0.377, abs=1e-4)
+    assert sorted(between.sum(1).unique().tolist()) == [4, 5]  # tokens take turns
 
 
 def test_random_spends_the_same_by_lot() -> None:

@@ -347,6 +347,7 @@ def test_fields_and_state() -> None:
     with pytest.raises(sparing.Error, match="needs calibration first"):
         FfnSkipLLM().at(0.8, Shape(LAYERS, 4, 2, 8, 32, 48))
     assert FfnSkipLLM(s=2, e=99).hot(LAYERS) == (2, LAYERS - 1)
+    assert FfnSkipLLM(W=25).horizon == 200
 
 
 # ---- controls

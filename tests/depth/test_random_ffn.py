@@ -79,6 +79,10 @@ def test_the_trace_shows_what_was_asked(llama: PreTrainedModel) -> None:
     assert run.trace.share("depth", "prefill") == 1
 
 
+def test_a_measurement_spans_warm_up_and_draws() -> None:
+    assert RandomFfn().horizon == 64 and RandomFfn(W=25).horizon == 200
+
+
 def test_refusals(llama: PreTrainedModel) -> None:
     with pytest.raises(sparing.BudgetError, match=r"keeps attention, 0\.4 of the layers' work"):
         RandomFfn().at(0.3, Shape(LAYERS, 4, 2, 8, 32, 48))

@@ -208,6 +208,7 @@ def test_budget_is_the_mean_over_the_reference_length(L: int, T_ref: int) -> Non
 
 
 def test_budget_of_the_card() -> None:
+    assert SkipDecode(T_ref=40).horizon == 40
     assert SkipDecode(T_ref=512).at(0.5, Shape(24, 4, 2, 8, 32, 48)).ends(24) == (16, 8)
 
 

@@ -61,6 +61,10 @@ class RandomFfn(StreamMethod):
             raise BudgetError(f"keep = {keep:g}: random-ffn keeps attention, {1 - mlp:.3g} of the layers' work")
         return self.replace(skip=(round(min(1.0, (1 - keep) / mlp), 12),))
 
+    @property
+    def horizon(self) -> int:
+        return max(64, 8 * self.W)  # so many steps even out what is drawn
+
     def before_layer(self, stream: Stream, layer: int) -> None:
         if len(self.skip) not in (1, stream.layers):
             raise Error(f"random-ffn: skip: {len(self.skip)} entries for a model of {stream.layers} layers")

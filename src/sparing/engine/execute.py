@@ -247,7 +247,7 @@ class Pass:
             stream.hidden, rest = out, None
         if stream._blend is not None:
             weight = stream._blend[0][..., None].to(hidden.dtype)
-            stream.hidden = hidden + weight * (stream.hidden - hidden)
+            stream.hidden = torch.lerp(hidden, stream.hidden, weight)  # exact at 0 and at 1
         if isinstance(stream._mlp_input, tuple):  # a parallel MLP: its state is what the layer gives without it
             stream._mlp_input = stream.hidden - stream._mlp_input[0]
         if index == len(self.view) - 1:

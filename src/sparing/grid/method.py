@@ -50,7 +50,8 @@ class Card:
         controls: kinds of control that can mirror its budget.
         trains: training is possible (published so) though the method also runs without.
         visual: works on visual tokens, so needs a vision-language model.
-        saves: "flops", or "memory" where as much is executed with fewer weights.
+        saves: "flops", "memory" where as much is executed with fewer weights, or "nothing" for a control that spends
+            everything.
         bitwise: at full budget the dense model's output comes out bit for bit.
         requires: parts of a model that it works on, of `sparing.engine.view.PARTS`: "mlp", "neurons", "scores".
         fits_budget: what is fitted holds for the one budget that it was fitted at, so each budget is fitted by itself.

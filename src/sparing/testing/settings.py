@@ -45,4 +45,6 @@ for name, theta in _MEDIANS.items():
         "mid": f"ffn-skipllm:theta={theta},k=1,W=1,s=3,e=5",
         "cut": f"ffn-skipllm:theta={theta},k=2,W=1,s=0,e=5",
     }
-BUDGETS["ftp"] = {"fit": "ftp:population=6,generations=2,elites=2"}
+BUDGETS["ftp"] = {  # prompts of nine tokens: sixteen queries would cost more than a quarter of them saves
+    "fit": "ftp:population=6,generations=2,elites=2,queries=1"
+}
