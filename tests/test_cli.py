@@ -88,8 +88,15 @@ def test_the_command_line_is_pinned() -> None:
         },
         "report": {"--out"},
         "show": {"--method", "--keep", "--sample", "--task", "--out", *where},
-        "fit": {"--method", "--data", "--out", "--batches", "--epochs", "--lr", "--seed", *where},
-        "prune": {"--method", "--keep", "--data", "--out", "--batches", "--seed", *where},
+        "fit": {
+            *("--method", "--data", "--out", "--batches", "--epochs", "--lr", "--keep", "--resume", "--processes"),
+            *("--seed", *where),
+        },
+        "prune": {"--method", "--keep", "--data", "--out", "--batches", "--portable", "--seed", *where},
+        "search": {
+            *("--out", "--axes", "--speedup", "--flops", "--params", "--data", "--generations", "--batches"),
+            *("--portable", "--costs", "--resume", "--seed", *where),
+        },
         "lab list": set(),
         "lab train": {"--out", "--minutes", "--threads", "--fresh"},
         "lab eval": {"--json", "--limit"},

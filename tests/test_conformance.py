@@ -10,8 +10,22 @@ from sparing.testing.models import ARCHITECTURES, DENSE, MOE, TEXT, VISION
 
 CASES = cases()
 
+# Checks of what a method computes run on every architecture. Those of its manners (what it leaves behind, refuses,
+# draws, holds in memory) hang on the engine more than on the model: every run has them on the five that differ most in
+# structure, and `make test-slow` on the others.
+EVERYWHERE = {
+    *("full-budget", "effect", "budget-order", "batch", "left-padding", "cache-greedy", "cut-equals-mask"),
+    *("save-load", "refusal", "nested-parameters"),
+}
+VARIED = {"llama", "gemma3", "gpt-neox", "deepseek-v3", "qwen2.5-vl"}
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+
+def _marked(case: Case) -> object:
+    usual = case.check.name in EVERYWHERE or case.architecture in VARIED
+    return pytest.param(case, id=str(case), marks=() if usual else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("case", map(_marked, CASES))
 def test_conforms(case: Case) -> None:
     case.run()
 

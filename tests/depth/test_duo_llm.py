@@ -70,6 +70,8 @@ def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
 def test_oracle_1_all_big_is_the_model(llama: Any) -> None:
     batch = prompt("llama")
     assert torch.equal(run(llama, fitted().replace(rho=1.0), batch), logits(llama, batch))
+    high = fitted().with_state({**fitted().state, "margins": torch.full((5, 1025), 1e9)})  # whatever a router says
+    assert torch.equal(run(llama, high.replace(rho=1.0), batch), logits(llama, batch))
 
 
 def test_oracle_1_all_big_is_the_trained_model_where_it_trained(llama: Any) -> None:

@@ -80,7 +80,8 @@ def profile(elastic: Elastic, inputs: Mapping[str, Any], kind: str = "seconds", 
         for i in range(len(elastic.units)):
             most = max(saved[i])
             falling = [most - share for share in saved[i]]
-            levels.append(tuple(accumulate([max(cost, 0.0) for cost in falling], max)))
+            rising = list(accumulate(falling, max))
+            levels.append(tuple(cost - rising[0] for cost in rising))
         names = tuple(unit.name for unit in elastic.units)
         rest = 1 - sum(costs[-1] for costs in levels)
         floor = measure((0,) * len(names), CAREFUL)

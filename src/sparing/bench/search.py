@@ -21,7 +21,7 @@ from sparing.bench.compare import refuse_other, versions
 from sparing.bench.models import Loaded
 from sparing.bench.timing import Ratio
 from sparing.engine.checkpoint import save_pretrained
-from sparing.engine.elastic import Elastic, units
+from sparing.engine.elastic import Elastic, Unit, units
 from sparing.engine.experts import expert_statistics
 from sparing.engine.fitness import Fidelity
 from sparing.engine.surgery import cut
@@ -143,7 +143,7 @@ class Search:
         self._generations, self._seed = generations, seed
         found = units(self.model, axes)
         dearest = max(stage.effort for stage in stages)
-        Fidelity(self.model, batches, lambda genome: None, (), dearest=dearest)  # refuses too little text at once
+        text = Fidelity(self.model, batches, lambda genome: None, (), dearest=dearest)  # refuses too little at once
         arguments = {
             "model": loaded.name,
             "axes": sorted(axes),
@@ -154,17 +154,21 @@ class Search:
             "stages": [[stage.survivors, stage.effort] for stage in stages],
             "seed": seed,
             "data": data,
+            "tokens": text.tokens,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "versions": versions(),
         }
-        self._open(arguments, resume)
         self.inputs = inputs or {"input_ids": batches[0]["input_ids"][:4]}
+        self._refuse(arguments, resume)
+        table = self._given(table, found)
+        self._write("search.json", arguments)
         state = calibrate(self.model, batches) if "width" in axes else None
         experts = expert_statistics(self.model, batches)["score"] if "experts" in axes else None
         self._state = state
         self.elastic = Elastic(self.model, found, state=state, experts=experts, compensate=not portable)
-        self.table = self._table(table)
+        self.table = table or profiling.profile(self.elastic, self.inputs, TARGETS[target.kind], progress=self.progress)
+        self._write("costs.json", self.table.plain())
         self._reachable()
         self.fitness = Fidelity(self.model, batches, self.elastic.set, self.elastic.dense, dearest=dearest)
         self._evolution: dict[str, Any] = {"offspring": offspring, "stages": stages, "seed": seed}
@@ -172,16 +176,15 @@ class Search:
 
     # ---- the folder
 
-    def _open(self, arguments: dict[str, Any], resume: bool) -> None:
+    def _refuse(self, arguments: dict[str, Any], resume: bool) -> None:
+        """Refuses a folder that holds anything but this search, or a table."""
         file = self.out / "search.json"
         if file.is_file():
             refuse_other(file, arguments, "search")
             if not resume:
                 raise Error(f"out = '{self.out}': holds this search already; pass --resume to go on, or another folder")
-            return
-        if self.out.is_dir() and any(path.name not in ("costs.json",) for path in self.out.iterdir()):
+        elif self.out.is_dir() and any(path.name != "costs.json" for path in self.out.iterdir()):
             raise Error(f"out = '{self.out}': is not empty and holds no search; take another folder")
-        self._write("search.json", arguments)
 
     def _write(self, name: str, data: Any) -> None:
         try:
@@ -192,16 +195,14 @@ class Search:
         except OSError as problem:
             raise Error(f"out = '{self.out}': cannot be written to ({problem.strerror or problem})") from problem
 
-    def _table(self, given: CostTable | None) -> CostTable:
-        kind = TARGETS[self.target.kind]
+    def _given(self, table: CostTable | None, found: Sequence[Unit]) -> CostTable | None:
+        """The table that the caller or the folder brings, None if none does; refused where it is of something else."""
         file = self.out / "costs.json"
-        names = [unit.name for unit in self.elastic.units]
-        sizes = [len(unit.levels) for unit in self.elastic.units]
-        table = CostTable.from_plain(read_json(file)) if given is None and file.is_file() else given
-        if table is None:
-            table = profiling.profile(self.elastic, self.inputs, kind, progress=self.progress)
-        table.matches(names, sizes, profiling.facts(kind, self.model, self.inputs))
-        self._write("costs.json", table.plain())
+        if table is None and file.is_file():
+            table = CostTable.from_plain(read_json(file))
+        if table is not None:
+            known = profiling.facts(TARGETS[self.target.kind], self.model, self.inputs)
+            table.matches([unit.name for unit in found], [len(unit.levels) for unit in found], known)
         return table
 
     def _reachable(self) -> None:

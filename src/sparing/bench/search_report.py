@@ -27,10 +27,13 @@ def facts(search: Search, found: Found) -> list[tuple[str, str]]:
         rows.append(("Measured", f"{r.median:.3f}× prefill [{r.low:.3f}–{r.high:.3f}], {r.n} pairs, dense interleaved"))
         rows.append(("Off the target", f"{r.median / target.value - 1:+.1%}"))
         rows.append(("Prefill", f"{1000 * r.dense:.1f} ms dense, {1000 * r.other:.1f} ms cut"))
-    shape = search.inputs["input_ids"].shape
+    rows.append(("Cost by the table", percent(found.cost)))
+    known = search.table.facts
+    if target.kind != "params":
+        threads = f", {known['threads']} threads" if "threads" in known else ""
+        how = "Timed on" if threads else "Counted on"
+        rows.append((how, f"{known['batch']} × {known['tokens']} tokens{threads}"))
     rows += [
-        ("Cost by the table", percent(found.cost)),
-        ("Timed on", f"{shape[0]} × {shape[1]} tokens, {search.table.facts.get('threads', '–')} threads"),
         ("KL to dense", f"{found.fitness:.4f} nats a token"),
         ("Generations", f"{len(found.history)}, {search.fitness.evaluated:,} tokens evaluated in this process"),
         ("Parameters", f"{_size(found.model) / _size(search.model):.1%} of {_size(search.model):,}"),

@@ -45,6 +45,9 @@ for name, theta in _MEDIANS.items():
         "mid": f"ffn-skipllm:theta={theta},k=1,W=1,s=3,e=5",
         "cut": f"ffn-skipllm:theta={theta},k=2,W=1,s=0,e=5",
     }
-BUDGETS["ftp"] = {  # prompts of nine tokens: sixteen queries would cost more than a quarter of them saves
-    "fit": "ftp:population=6,generations=2,elites=2,queries=1"
-}
+_FTP = "population=6,generations=2,elites=2,queries=1"  # sixteen queries of nine tokens would cost what is saved
+BUDGETS["ftp"] = {"fit": f"ftp:{_FTP}"}
+for name in ("gemma3", "phi3"):  # the search makes the last layer too sparse for generated tokens, so nothing trains it
+    BUDGETS[f"ftp {name}"] = BUDGETS["ftp"] | {"cut": f"ftp:s=0.5,threshold=1,{_FTP}"}
+# its keys are a seventh of a layer, which is what it costs to read the attention
+BUDGETS["ftp opt"] = BUDGETS["ftp"] | {"mid": f"ftp:s=0.35,{_FTP}"}
