@@ -306,3 +306,17 @@ def test_every_layer_count_matches_hooks_on_the_gemms() -> None:
     assert widths == [9 - i - 1 for i in range(LAYERS)]
     for hook in hooks:
         hook.remove()
+
+
+def test_a_layer_that_one_sample_runs_whole_and_another_in_part() -> None:
+    """The packed rows then fill the width of the pass, but stand at other places than their columns."""
+
+    # padding leaves layer 1, and the longest sample has none
+    partly = Act(lambda stream, layer: stream.bypass(~stream.prompt) if layer == 1 else None)
+    model, batch = build("llama"), prompt("llama", (7, 4, 6), side="left")
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        dense = model(**batch).logits[real]
+        with sparing.attach(model, partly):
+            torch.testing.assert_close(model(**batch).logits[real], dense, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(model(**batch, use_cache=False).logits[real], dense, rtol=1e-4, atol=1e-4)

@@ -393,7 +393,7 @@ class Pass:
     ) -> None:
         """Replace mask, positions and cache entry by those of the rows that run."""
         full = kwargs.get("position_embeddings")
-        everything = columns.shape[1] == self.width and stream.whole
+        everything = columns.shape[1] == self.width and valid is None and stream.whole
         if isinstance(kwargs.get("position_ids"), Tensor) and not everything:
             ids = kwargs["position_ids"]
             kwargs["position_ids"] = take(ids, columns) if ids.ndim == 2 else ids[..., :0]
@@ -463,7 +463,7 @@ class Pass:
     def _mask(self, stream: Stream, entry: RaggedLayer | None, mask: Any, columns: Tensor, valid: Tensor | None) -> Any:
         if self.past and entry is not None:
             return self._native(entry.mask(self.past + columns), entry)
-        if mask is None or (columns.shape[1] == self.width and stream.whole):
+        if mask is None or (columns.shape[1] == self.width and valid is None and stream.whole):
             return (
                 mask  # causal order holds among the rows, and fill-up rows come last: the plain causal kernel is right
             )

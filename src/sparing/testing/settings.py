@@ -21,6 +21,11 @@ BUDGETS: dict[str, dict[str, str]] = {
     "flap": {"full": "flap:p=0", "mid": "flap:p=0.2,multiple=8", "cut": "flap:p=0.4,multiple=8"},
     "random-width": {"cut": "random-width:groups=1/2/1/2/1/1,neurons=16/24/48/8/16/32"},
 }
+BUDGETS["fire-together-wire-together"] = {  # attention and half of the MLP always run
+    "full": "fire-together-wire-together:neurons=1",
+    "mid": "fire-together-wire-together:neurons=0.6",
+    "cut": "fire-together-wire-together:neurons=0.3",
+}
 _SHORT = "generations=2,offspring=4,survivors=2/1,tokens=24/48"
 BUDGETS["evopress"] = {"fit": f"evopress:{_SHORT}"}
 for name in ("easy-ep", "frequency-experts", "gate-experts", "random-experts"):
