@@ -147,7 +147,7 @@ class FireTogetherWireTogether(StreamMethod):
        are unsure fire less than their labels do at t = 0, so a budget is the better way.
 
     Departures. A token has no places, so nothing is pooled. No softmax over the channels: made for activations >= 0, it
-    hides what is negative in a hidden state, and gates learn half as much (docs/results/fire-together.md). A full gate
+    hides what is negative in a hidden state, and gates learn half as much (benchmarks/fire_together.py). A full gate
     would cost a third of a gated MLP; one of rank D / 16 costs (D + N) / 48 N of it. The joint variant, which trains
     the backbone too, exists for convolutions only (`GatedConv`).
 
