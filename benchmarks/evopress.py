@@ -1,9 +1,9 @@
 """EvoPress on lab:lm against scores of single layers, random search with as many evaluations, and uniform levels.
 
-    python benchmarks/evopress.py [--limit N] [--out docs/results]
+    python benchmarks/evopress.py [--limit N] [--out docs/results] [--rows FILE]
 
 Writes evopress.md. Every search sees the calibration half of the text, the loss is measured on the held-out half. Rows
-are appended to evopress.jsonl as they come; a second call goes on.
+are appended to out/evopress/rows.jsonl as they come; a second call goes on.
 """
 
 from __future__ import annotations
@@ -47,11 +47,7 @@ def rivals(levels: str, amount: float, shape: Any) -> list[tuple[str, Method]]:
         rows.append(
             (
                 "uniform level",
-                EvoPress(
-                    levels=levels,
-                    amount=amount,
-                    **SETTINGS[levels],
-                ).replace(generations=0),
+                EvoPress(levels=levels, amount=amount, **SETTINGS[levels]).replace(generations=0),
             )
         )
     return rows
@@ -63,13 +59,15 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=16, help="calibration batches of 8 x 512 tokens")
     parser.add_argument("--levels", nargs="*", default=["depth", "sparsity", "bits"])
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.add_argument("--rows", type=Path, default=Path("out/evopress/rows.jsonl"), help="finished rows")
     options = parser.parse_args()
     torch.set_num_threads(1)
     loaded = load_model("lab:lm", "cpu", "float32")
     task = tasks.parse("ppl", loaded)
     data = list(task.batches(options.batches))
     options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / "evopress.jsonl"
+    file = options.rows
+    file.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     known = {(row["levels"], row["amount"], row["name"]) for row in done}
     dense = task.evaluate(loaded.model, None, options.limit)

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sparing.engine.saturation import mlp_shares, saturation
@@ -97,27 +99,27 @@ class FfnSkipLLM(StreamMethod):
         if not s <= layer < e:
             return
         if layer == s:
-            until_BN = torch.zeros(stream.hidden.shape[:2], dtype=torch.long)  # on the CPU, where it is read
+            until_BN = np.zeros(stream.hidden.shape[:2], np.int64)  # of a few numbers, each operation counts
         else:
             until_BN, tests = stream.memory["ffn-skipllm"]
             if tests:
                 c_BN = cosine(*stream.watched_mlp())
                 if stream.common_step is None:  # prompt, and generated tokens in warm-up, never hit
                     c_BN = c_BN.masked_fill(stream.step < self.W, -math.inf)
-                until_BN = self._after(until_BN, layer - 1, c_BN.cpu())
+                until_BN = self._after(until_BN, layer - 1, c_BN.cpu().numpy())
         skip_BN = layer < until_BN
         skipped = int(skip_BN.sum())
-        tests = skipped < skip_BN.numel() and layer + 1 < e
+        tests = skipped < skip_BN.size and layer + 1 < e
         stream.memory["ffn-skipllm"] = until_BN, tests
         if skipped:
-            stream.bypass_mlp(skip_BN.to(stream.hidden.device) if skipped < skip_BN.numel() else True)
+            stream.bypass_mlp(torch.from_numpy(skip_BN).to(stream.hidden.device) if skipped < skip_BN.size else True)
         if tests:
             stream.watch_mlp()
 
-    def _after(self, until_R: Tensor, layer: int, c_R: Tensor) -> Tensor:
+    def _after(self, until_R: NDArray[np.int64], layer: int, c_R: NDArray[np.float32]) -> NDArray[np.int64]:
         """Step 2: FFNs of layers below `until` are skipped; who ran this one and hits skips the k behind it."""
         k = 1 << 30 if self.k is None else self.k
-        return torch.where((until_R <= layer) & (c_R >= self.theta), layer + 1 + k, until_R)
+        return np.where((until_R <= layer) & (c_R >= self.theta), layer + 1 + k, until_R)
 
     def hot(self, L: int) -> tuple[int, int]:
         """[s, e) in a model of L layers; the last one is never in it."""
@@ -126,11 +128,11 @@ class FfnSkipLLM(StreamMethod):
 
     def skipped(self, c_RL: Tensor, s: int, e: int) -> Tensor:
         """Which FFNs tokens with these cosines skip, bool (R, L); all tokens after warm-up."""
-        until_R = torch.zeros(len(c_RL), dtype=torch.long)
+        until_R, c_LR = np.zeros(len(c_RL), np.int64), c_RL.T.contiguous().numpy()
         out_RL = torch.zeros(c_RL.shape, dtype=torch.bool)
         for layer in range(s, e):
-            out_RL[:, layer] = layer < until_R
-            until_R = self._after(until_R, layer, c_RL[:, layer])
+            out_RL[:, layer] = torch.from_numpy(layer < until_R)
+            until_R = self._after(until_R, layer, c_LR[layer])
         return out_RL
 
     @property
