@@ -460,6 +460,7 @@ def test_several_domains_are_for_experts(tmp_path: Path) -> None:
     assert run(*fit).exit_code == 0
     assert set(sparing.load(tmp_path / "m").state) >= {"one.score", "two.score"}
     refused(run("fit", "lab:lm", "--method", "flap", *data, "--out", tmp_path / "n"), "only methods on experts mix")
+    refused(run(*fit, "--data", tmp_path / "one.txt"), "two domains are called one")
 
 
 def test_lab_eval_prints_one_json_object(monkeypatch: pytest.MonkeyPatch) -> None:

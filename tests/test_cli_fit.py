@@ -184,6 +184,17 @@ def test_an_unfinished_training_is_neither_overwritten_nor_lost(
         assert all(torch.equal(resumed[name], tensor) for name, tensor in fit.state.items())
 
 
+def test_a_text_that_is_too_short_is_refused_and_one_that_gives_less_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    def fitted(words: int) -> Result:
+        return run("fit", checkpoint, "--method", "flap", "--data", _text(tmp_path, words), "--out", tmp_path / "o")
+
+    refused(fitted(500), "500.txt", "500 tokens", "at least 512")
+    result = fitted(1100)
+    assert result.exit_code == 0 and "enough for 1 of 32 batches" in result.stderr, result.output
+    assert "enough for" not in run("fit", checkpoint, "--method", "flap", "--data", _text(tmp_path, 4100), "--out",
+                                  tmp_path / "p", "--batches", 1).stderr  # fmt: skip
+
+
 def test_a_folder_of_the_users_is_not_taken_for_a_training(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     """Something else that is called training stays, whatever is fitted beside it."""
     (tmp_path / "training").mkdir()

@@ -769,10 +769,17 @@ def _data_exists(data: str) -> None:
 def _fitted(method: Method, loaded: Loaded, data: list[str], batches: int, seed: int, **options: Any) -> Method:
     import torch
 
+    names = [Path(each).stem for each in data]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise _error(f"--data: two domains are called {', '.join(twice)}; name their files differently")
     torch.manual_seed(seed)
     with _doing(f"Fitting {method.name} on {', '.join(data)}"):
-        domains: Any = {Path(each).stem: _batches(loaded, each, batches) for each in data}
-        return method.fit(loaded.model, domains if len(data) > 1 else domains.popitem()[1], **options)
+        domains: Any = {name: _batches(loaded, each, batches) for name, each in zip(names, data)}
+        fitted = method.fit(loaded.model, domains if len(data) > 1 else next(iter(domains.values())), **options)
+    for each, found in zip(data, domains.values()):
+        if isinstance(found, list) and len(found) < batches:  # a text that is shorter than asked
+            _complain(f"--data {each}: was enough for {len(found)} of {batches} batches", "yellow")
+    return fitted
 
 
 def _batches(loaded: Loaded, data: str, count: int) -> Iterable[Any]:
@@ -787,7 +794,11 @@ def _batches(loaded: Loaded, data: str, count: int) -> Iterable[Any]:
         text = Path(data).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
         raise _error(f"--data {data}: cannot be read as UTF-8 text: {problem}") from problem
-    return tasks.text_batches(loaded, text, count)
+    found = list(tasks.text_batches(loaded, text, count))
+    tokens = sum(batch["input_ids"].numel() for batch in found)
+    if tokens < tasks.PIECE:
+        raise _error(f"--data {data}: has {tokens} tokens; at least {tasks.PIECE}, one piece of text, are needed")
+    return found
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:

@@ -33,6 +33,7 @@ from sparing.grid.method import Error
 Batch = dict[str, Any]
 Progress = Callable[[int, int], None]  #: called with (done, all), in the task's own units
 
+ROWS, PIECE = 8, 512  # of a batch to calibrate or train on: pieces of text, and tokens of each
 TASKS = (
     "ppl | code | prose | ppl:FILE | find-digit | vqa:FILE.jsonl | lm-eval:NAME | lm-eval:FILE.yaml, with "
     ",calibration=FILE behind a file or NAME"
@@ -282,7 +283,7 @@ class Text(Task):
         )
 
 
-def text_batches(loaded: Loaded, text: str, n: int, *, batch: int = 8, length: int = 512) -> Iterator[Batch]:
+def text_batches(loaded: Loaded, text: str, n: int, *, batch: int = ROWS, length: int = PIECE) -> Iterator[Batch]:
     """`n` batches of pieces of a text, taken evenly from all of it, to calibrate or train on.
 
     The second half of a piece is labelled, the first is its prompt. A text with less than `n` batches gives what it
