@@ -202,6 +202,22 @@ def seen() -> Footprint:
     return Footprint(prompt, visual, steps, prompt[:, visual].mean(1), rng.integers(0, 255, (32, 32, 3), np.uint8))
 
 
+def test_the_markdown_table_has_every_row_and_passes_no_html(rows: list[Row]) -> None:
+    rows[-1] = rows[-1] | {"note": f"a | b {EVIL}"}
+    text = report.markdown(rows, ["2 cores"])
+    table = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
+    assert {len(line) for line in table} == {len(table[0])}
+    heads = [cell.strip() for cell in table[0]]
+    lines = [dict(zip(heads, (cell.strip() for cell in line))) for line in table[2:]]
+    assert [(x["method"], x["keep"]) for x in lines] == [
+        ("dense", "100 %"),
+        *(("fastv", "50 %"), ("fastv", "25 %"), ("slow", "50 %"), ("narrow", "10 %"), ("broken", "50 %")),
+    ]
+    assert lines[1]["loss %"] == "2.0" and lines[1]["random"] == "40.0 ± 1.0" and lines[1]["bound"] == "2.50×"
+    assert lines[2]["verdict"].startswith("LOSES to random and uniform")
+    assert "<" not in text and "2 cores" in text
+
+
 def test_the_page_stands_alone_and_escapes(rows: list[Row], seen: Footprint, tmp_path: Path) -> None:
     shown = {"keep 50 %": seen}
     figure = pictures.kept(shown)

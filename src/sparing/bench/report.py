@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -357,7 +358,8 @@ def write(
     pictures: Mapping[str, Figure] | None = None,
     machines: Sequence[str] = (),
 ) -> Path:
-    """Writes `report.html` and the pictures, as PNG and SVG, into `out`; of a sweep also the table, `breakeven.md`.
+    """Writes `report.html`, the pictures as PNG and SVG, and the tables as Markdown (`report.md`, of a sweep
+    `breakeven.md`) into `out`.
 
     Pictures of what ran that an earlier call left in `out` are shown again, so a resumed comparison need not draw them
     twice.
@@ -384,6 +386,8 @@ def write(
             if figure is not None:
                 (out / f"{slug(name)}.png").write_bytes(draw.png(figure))
                 (out / f"{slug(name)}.svg").write_text(draw.svg(figure), encoding="utf-8")
+        if not all(map(is_swept, rows)):
+            (out / "report.md").write_text(markdown(rows, machines), encoding="utf-8")
         if any(map(is_swept, rows)):
             (out / "breakeven.md").write_text(breakeven(rows), encoding="utf-8")
         path = out / FILE
@@ -445,6 +449,25 @@ def _gallery(rows: Sequence[Row], out: Path, drawn: Mapping[str, Figure | None])
     names += [shot.name for shot in shots(experiments(rows))]
     files = {name: out / f"{name}.svg" for name in dict.fromkeys(names)}
     return {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
+
+
+def markdown(rows: Iterable[Row], machines: Sequence[str] = ()) -> str:
+    """The tables of the page, their sentences and what the columns mean, to paste where Markdown is read."""
+    rows = [row for row in rows if not is_swept(row)]
+    found = experiments(rows)
+    lines = [summary.opening(found, machines), ""]
+    for experiment in found:
+        table = _table(experiment)
+        lines += [f"## {table['model']} on {table['task']}", "", f"{table['metric']}.", ""]
+        lines += [f"- {sentence}" for _, sentence in summary.findings(experiment)]
+        heads = ["method", *(head for head, _, _ in table["heads"]), "verdict"]
+        lines += ["", f"| {' | '.join(heads)} |", "|---|" + "---:|" * len(table["heads"]) + "---|"]
+        for line in table["lines"]:
+            cells = (line["name"], *line["cells"], line["verdict"])
+            lines.append("|" + "|".join(f" {cell.replace('|', '/')} " for cell in cells) + "|")
+        lines += ["", "; ".join(f"{head}: {meaning}" for head, meaning, _ in table["heads"]) + ".", ""]
+    lines += [f"- {name}: {text}" for name, text in _facts(rows, machines)]
+    return "\n".join(escape(line, quote=False) for line in lines) + "\n"
 
 
 def html(rows: Sequence[Row], gallery: Mapping[str, str], machines: Sequence[str] = ()) -> str:
