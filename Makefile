@@ -60,16 +60,20 @@ efficiency: $(VENV)/.ready
 
 # The table of docs/results/depth-width.md: every depth and width method on lab:lm, trained ones after `sparing fit`.
 FITTED := first das ftp duo-llm unified-layer-skipping skipdecode fire-together-wire-together lora-depth
+SPEC_ftp := ftp:population=12,generations=10
 BATCHES ?= 32
+depth-width: export OMP_NUM_THREADS := 1
 depth-width: $(VENV)/.ready
-	for method in $(FITTED); do \
-		$(BIN)/sparing fit lab:lm --method $$method --keep 0.75,0.5 --data lab --batches $(BATCHES) --dtype float32 \
-			-o out/fits/$$method --resume || exit 1; done
+	$(foreach method,$(FITTED),$(BIN)/sparing fit lab:lm --method $(or $(SPEC_$(method)),$(method)) \
+		$(if $(filter fire%,$(method)),,--keep 0.75,0.5) --data lab --batches $(BATCHES) --dtype float32 -o out/fits/$(method) --resume &&) true
 	$(BIN)/sparing compare lab:lm --task ppl --keep 0.75,0.5 --dtype float32 --limit 32 --out out/depth-width --resume \
 		$(foreach method,$(FITTED),--method out/fits/$(method)) --method ffn-skipllm --method shortgpt \
 		--method evopress:offspring=16,tokens=2048/8192,survivors=2/1 --method flap --method wanda-sp --method magnitude-sp
+	cp out/depth-width/report.md docs/results/depth-width.md
+	cp out/depth-width/pareto.png docs/results/depth-width.png
 
 # docs/results/search.md: the best cut of lab:lm at 1.5x, against FLAP alone and depth alone.
+search: export OMP_NUM_THREADS := 1
 search: $(VENV)/.ready
 	$(BIN)/sparing search lab:lm --speedup 1.5 --dtype float32 -o out/search/both --resume
 	$(BIN)/sparing search lab:lm --speedup 1.5 --dtype float32 --axes depth -o out/search/depth --resume
