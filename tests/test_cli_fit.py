@@ -17,6 +17,7 @@ from typer.testing import Result
 
 import sparing
 from sparing.bench.compare import compare
+from sparing.depth.unified_layer_skipping import UnifiedLayerSkipping
 from sparing.engine import train
 from sparing.grid.method import load_fits
 from sparing.testing.models import build
@@ -117,6 +118,16 @@ def test_the_command_takes_the_folder(
         (0.25, "unreachable"),
     }
     assert "sparing fit --keep 0.25 adds it" in (tmp_path / "c" / "report.html").read_text()
+    assert "No pictures" not in result.stderr and any((tmp_path / "c").glob("map-*.svg"))
+
+
+def test_lots_that_had_to_be_trained_are_not_run_twice(
+    fitted: tuple[Path, Result], checkpoint: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(UnifiedLayerSkipping, "draws", 1)
+    rows = compare(str(checkpoint), f"ppl:{text}", [fitted[0]], (0.5,), repeats=0, limit=1, progress=False)
+    assert [row["seed"] for row in rows if row["control"] == "random"] == [0]
+    assert len([row for row in rows if row["control"] == "uniform"]) == 1
 
 
 def test_resume_fits_what_is_missing_and_nothing_else(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import sparing
-from sparing.depth.das import DAS, _Search, distinct, draw, most, updated
+from sparing.depth.das import DAS, _Search, distinct, draw, lots, most, updated
 from sparing.engine.train import student
 from sparing.engine.view import View
 from sparing.grid.method import BudgetError, Error
@@ -149,6 +149,14 @@ def test_the_control_has_layers_by_lot_and_adapters_of_its_own():
         assert run.trace.share("depth") == pytest.approx(4 / 6)
     assert not torch.equal(*seen)
     assert torch.equal(control.state["random1.skip"], fitted.state["random1.skip"])
+    assert (fitted.draws, DAS(n=2).draws) == (2, 0)
+
+
+def test_lots_spare_both_ends_as_long_as_they_can():
+    drawn = [lots(6, 2, torch.Generator().manual_seed(seed)).tolist() for seed in range(40)]
+    assert {i for lot in drawn for i in lot} == {1, 2, 3, 4} and len({tuple(lot) for lot in drawn}) == 6
+    assert [lots(6, n, torch.Generator()).tolist() for n in (0, 4, 5)] == [[], [1, 2, 3, 4], [1, 2, 3, 4, 5]]
+    assert lots(1, 1, torch.Generator()).tolist() == [0]
 
 
 def test_budgets():

@@ -21,7 +21,7 @@ from sparing.bench.summary import Experiment, Line, Row, experiments, percent
 from sparing.engine.attach import attach
 from sparing.engine.surgery import Plan, SurgeryMethod
 from sparing.engine.view import View
-from sparing.grid.method import Error, Method, load, parse
+from sparing.grid.method import Error, Method, load, load_fits, parse
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -179,5 +179,9 @@ def rebuilt(line: Line, out: Path, loaded: Loaded) -> Method:
     """The method of a row at its budget, fitted as it was when the row was measured."""
     spec = str(line.row.get("spec") or line.row["method"])
     folders = (Path(spec), out / "fitted" / fitted_name(spec))
-    folder = next((folder for folder in folders if (folder / "method.json").is_file()), None)
-    return (load(folder) if folder else parse(spec)).at(line.keep, loaded.view.shape)
+    for folder in folders:
+        if (folder / "method.json").is_file():
+            return load(folder).at(line.keep, loaded.view.shape)
+        if fits := load_fits(folder):
+            return fits[line.keep].at(line.keep, loaded.view.shape)
+    return parse(spec).at(line.keep, loaded.view.shape)

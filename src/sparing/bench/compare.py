@@ -202,7 +202,7 @@ def compare(
         "versions": versions(),
     }
     store = Store(out, arguments, resume)
-    fits_of = {spec: found for spec in asked if (found := _fits_of(spec))}
+    fits_of = {spec: found for spec in asked if (found := load_fits(spec))}
     with quiet(), bar_of(progress, len(asked) * len(keep), "dense") as bar:
         _Comparison(loaded, bound_task, store, bar, arguments, fits=fits_of).run(asked)
     return store.rows
@@ -565,7 +565,9 @@ class _Comparison(Work):
     def _plan(self, method: Method) -> list[tuple[str, int]]:
         """Kind and seed of the controls of a method."""
         first = self.arguments["seed"]
-        seeds = {"random": self.arguments["control_seeds"], "oracle": int(self.task.truth)}
+        lots = self.arguments["control_seeds"]
+        lots = lots if method.draws is None else min(lots, method.draws)
+        seeds = {"random": lots, "oracle": int(self.task.truth)}
         plan = [(kind, first + i) for kind in method.card.controls for i in range(seeds.get(kind, 1))]
         plan += [("downsample", first)] * (method.card.visual and self.task.downsampled(1.0) is not None)
         return plan if self.arguments["controls"] else []
@@ -692,7 +694,7 @@ def named(methods: Sequence[str | Path | Method], fitted: Mapping[str, str | Pat
         if isinstance(item, Method):
             fields = ",".join(f"{key}={value}" for key, value in item.fields().items())
             spec, method = f"{item.name}:{fields}" if fields else item.name, item
-        elif fits := _fits_of(str(item)):
+        elif fits := load_fits(str(item)):
             spec, method = str(item), next(iter(fits.values()))
         elif (Path(item) / "method.json").is_file() or (Path(item).is_dir() and str(item) not in all_methods()):
             spec, method = str(item), load(item)
@@ -705,16 +707,10 @@ def named(methods: Sequence[str | Path | Method], fitted: Mapping[str, str | Pat
     return found
 
 
-def _fits_of(spec: str) -> dict[float, Method]:
-    """Methods fitted one a budget, where `spec` is a folder of them."""
-    folder = Path(spec).expanduser()
-    return {} if (folder / "method.json").is_file() or not folder.is_dir() else load_fits(folder)
-
-
 def _states(asked: Mapping[str, Method]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for spec, method in asked.items():
-        several = _fits_of(spec)
+        several = load_fits(spec)
         if several:
             found[spec] = {f"{keep:g}": digest(each) for keep, each in several.items()}
         elif method.state:

@@ -57,7 +57,8 @@ class DAS(StreamMethod):
     (its variants have 0.1 and 0.05). Bottlenecks are the released shares of D, 288 and 96 of 768. Task heads are the
     model's own and stay frozen.
 
-    Control `random`: layers by lot, their adapters trained just as long; as many lots as `fit` is told to train.
+    Control `random`: layers by lot, their adapters trained just as long; as many lots as `fit` is told to train. They
+    spare the first layer and the last, without which a model fails whatever else it keeps.
 
     State: `skip`, int64 (n,); `gates`, (L,); `skip.i.*` and `attention.i.*`, `mlp.i.*` with down, down_bias, up,
     up_bias; and the same under `random0.`, `random1.`, … for the control.
@@ -102,16 +103,19 @@ class DAS(StreamMethod):
             raise Error(f"control = {kind!r}: das has random")
         return self.replace(choose="random", seed=seed)
 
+    @property
+    def draws(self) -> int:
+        return len({name.partition(".")[0] for name in self.state if name.startswith("random")})
+
     # ---- running
 
     @property
     def _prefix(self) -> str:
         if self.choose == "learned":
             return ""
-        lots = len({name.partition(".")[0] for name in self.state if name.startswith("random")})
-        if not lots:
+        if not self.draws:
             raise Error("das: choose = 'random': the fit trained no lots (rivals = 0); fit with rivals >= 1")
-        return f"random{self.seed % lots}."
+        return f"random{self.seed % self.draws}."
 
     def before_layer(self, stream: Stream, layer: int) -> None:
         if layer in self._skipped:
@@ -163,8 +167,7 @@ class DAS(StreamMethod):
             state = {"gates": found["gates"], "skip": most(found["gates"], self.n)}
         state |= self._trained(model, training, how, state["skip"], D, "")
         for lot in range(rivals):
-            draw = torch.randperm(L, generator=torch.Generator().manual_seed(self.seed * 1009 + lot))
-            skip = draw[: self.n].sort().values
+            skip = lots(L, self.n, torch.Generator().manual_seed(self.seed * 1009 + lot))
             own = {"skip": skip, **self._trained(model, training, how, skip, D, f" random {lot}")}
             state |= {f"random{lot}.{name}": tensor for name, tensor in own.items()}
         return self.with_state(state)
@@ -186,6 +189,12 @@ _PARTS = ("down", "down_bias", "up", "up_bias")
 def most(gates_L: Tensor, n: int) -> Tensor:
     """The n layers with the largest gates, rising; of equals the first."""
     return gates_L.sort(descending=True, stable=True).indices[:n].sort().values
+
+
+def lots(L: int, n: int, generator: torch.Generator) -> Tensor:
+    """n of L layers by lot, rising; the first and the last only where the others are too few."""
+    order = 1 + torch.randperm(max(L - 2, 0), generator=generator)
+    return torch.cat([order, torch.tensor([L - 1, 0][: L - len(order)])])[:n].sort().values
 
 
 def draw(gates_L: Tensor, n: int) -> Tensor:

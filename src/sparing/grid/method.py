@@ -326,6 +326,11 @@ class Method:
         """Generated tokens that a measurement of decoding must span to be fair to it; 0 where all steps are alike."""
         return 0
 
+    @property
+    def draws(self) -> int | None:
+        """How many `random` controls that differ there are; None as many as there are seeds."""
+        return None
+
     def fit(self, model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]], **options: Any) -> Self:
         """Calibrate or train; only for methods whose Card says so.
 
@@ -486,8 +491,10 @@ def get(name: str) -> type[Method]:
 
 def load_fits(folder: str | Path) -> dict[float, Method]:
     """The methods of a folder that `sparing fit --keep` filled, by the budget they were fitted at; {} if it is none."""
-    found = {}
-    for each in sorted(Path(folder).glob("keep-*")):
+    folder, found = Path(folder).expanduser(), {}
+    if (folder / "method.json").is_file():  # one fit for all budgets
+        return {}
+    for each in sorted(folder.glob("keep-*")):
         try:
             keep = float(each.name.removeprefix("keep-"))
         except ValueError:

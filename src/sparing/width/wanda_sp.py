@@ -24,7 +24,7 @@ from sparing.grid.method import Card, Error, flag, register
         kind="surgery",
         phase="static",
         needs="calibration",
-        summary="cuts heads and neurons with the least weight magnitude times input, as many in every layer (baseline of FLAP)",
+        summary="cuts heads and neurons of least weight magnitude times input, as many in each layer (FLAP's baseline)",
     ),
 )
 @dataclass(frozen=True)
