@@ -376,6 +376,16 @@ def test_controls(llama: PreTrainedModel) -> None:
         method.control("lora", SHAPE)
 
 
+def test_generated_tokens_of_the_uniform_control_run_whatever_the_budget():
+    shape = sparing.shape(build("llama"))
+    assert [FTP(s=s).control("uniform", shape).threshold for s in (0.3, 0.5, 0.7)] == [0.5, 1, 1]
+    control = FTP(s=0.5, router="static").control("uniform", shape)
+    model = build("llama")
+    with torch.no_grad(), sparing.attach(model, control) as run:
+        model.generate(**prompt("llama", (7, 7)), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert run.trace.share("depth", "decode") == 1
+
+
 def test_needs_training_unless_nothing_is_learned(llama: PreTrainedModel) -> None:
     for method in (FTP(), FTP(router="static"), FTP(profile="uniform")):
         assert not method.ready

@@ -63,7 +63,8 @@ class FTP(StreamMethod):
     `fit` finds s_l by a genetic search with the static router, trains the learned one (see `fit`), and searches again
     with it, from the best of the first search.
 
-    The budget is the prompt's: `keep` = 1 - s. What generated tokens spend follows from rule 4, often all layers.
+    The budget is the prompt's: `keep` = 1 - s. What generated tokens spend follows from rule 4, often all layers. By
+    that rule they would run nothing under uniform s_l >= threshold; the control `uniform` lets them run everything.
 
     Departures. Published (and `count` = router) the router decides how many run. Nothing then ties that number to s:
     its sparsity loss forgives skipping too much, and the second search, which sees quality alone, prefers profiles at
@@ -129,7 +130,9 @@ class FTP(StreamMethod):
         return self.replace(s=s)
 
     def control(self, kind: str, shape: Shape, seed: int = 0) -> Method:
-        own = {"random": ("lot", seed), "static": ("router", "static"), "uniform": ("profile", "uniform")}
+        if kind == "uniform":
+            return self.replace(profile="uniform", threshold=1 if self.s >= self.threshold else self.threshold)
+        own = {"random": ("lot", seed), "static": ("router", "static")}
         return self.replace(**dict([own[kind]])) if kind in own else super().control(kind, shape, seed)
 
     @property
