@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,15 @@ def main() -> None:
         with file.open("a") as opened:
             opened.write(json.dumps(row) + "\n")
         done.append(row)
-    (options.out / "evopress.md").write_text(table(done, options))
+    shown = [row for row in done if row["levels"] in options.levels]
+    (options.out / "evopress.md").write_text(table(shown, options))
+
+
+def _said(levels: str) -> str:
+    words = {"offspring": "{} offspring", "survivors": "{} survivors", "tokens": "judged on {} tokens"}
+    found = SETTINGS[levels] | {k: "/".join(map(str, SETTINGS[levels][k])) for k in ("survivors", "tokens")}
+    said = ", ".join(text.format(found[k]) for k, text in words.items())
+    return f"{levels}: {said}" + (f", {found['generations']} generations" if "generations" in found else "")
 
 
 def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
@@ -101,7 +110,8 @@ def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
         "",
         "Written by `benchmarks/evopress.py`. Bits per byte on held-out text "
         f"({options.limit} windows), dense {rows[0]['dense']:.3f}; % lost against dense. Settings, smaller than "
-        "published: " + "; ".join(f"{k} {v}" for k, v in SETTINGS.items()) + ".",
+        "published: " + "; ".join(_said(levels) for levels in options.levels) + ". Random search "
+        "judges as many points through the same stages.",
         "",
     ]
     for levels, amount in dict.fromkeys((r["levels"], r["amount"]) for r in rows):
@@ -115,8 +125,8 @@ def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
                 said = f" (attention {gone['attention']}, MLP {gone['mlp']})" if gone else ""
                 lines.append(f"| {r['name']}{said} | {r['loss']:.2f} |")
         if lots:
-            t = torch.tensor(lots)
-            lines.append(f"| random sub-layers, {len(lots)} draws | {t.mean():.2f} ± {t.std():.2f} |")
+            said = f"{statistics.median(lots):.2f} [{min(lots):.2f}–{max(lots):.2f}]"
+            lines.append(f"| random sub-layers, median [range] of {len(lots)} draws | {said} |")
         lines.append("")
     return "\n".join(lines)
 
