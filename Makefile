@@ -66,7 +66,7 @@ depth-width: export OMP_NUM_THREADS := 1
 depth-width: $(VENV)/.ready
 	$(foreach method,$(FITTED),$(BIN)/sparing fit lab:lm --method $(or $(SPEC_$(method)),$(method)) \
 		$(if $(filter fire%,$(method)),,--keep 0.75,0.5) --data lab --batches $(BATCHES) --dtype float32 -o out/fits/$(method) --resume &&) true
-	$(BIN)/sparing compare lab:lm --task ppl --keep 0.75,0.5 --dtype float32 --limit 32 --out out/depth-width --resume \
+	$(BIN)/sparing compare lab:lm --task ppl --keep 0.75,0.5 --dtype float32 --limit 24 --out out/depth-width --resume \
 		$(foreach method,$(FITTED),--method out/fits/$(method)) --method ffn-skipllm --method shortgpt \
 		--method evopress:offspring=16,tokens=2048/8192,survivors=2/1 --method flap --method wanda-sp --method magnitude-sp
 	cp out/depth-width/report.md docs/results/depth-width.md

@@ -376,14 +376,15 @@ def test_controls(llama: PreTrainedModel) -> None:
         method.control("lora", SHAPE)
 
 
-def test_generated_tokens_of_the_uniform_control_run_whatever_the_budget():
-    shape = sparing.shape(build("llama"))
-    assert [FTP(s=s).control("uniform", shape).threshold for s in (0.3, 0.5, 0.7)] == [0.5, 1, 1]
-    control = FTP(s=0.5, router="static").control("uniform", shape)
+def test_the_uniform_control_runs_as_many_layers_of_a_generated_token():
+    shape, profile = sparing.shape(build("llama")), (0.0, 0.9, 0.9, 0.2, 0.9, 0.1)
+    method = ftp(profile, router="static")
+    control = method.control("uniform", shape)
+    assert [[layer for layer in range(6) if m.decodes(layer, 6)] for m in (method, control)] == [[0, 3, 5], [0, 2, 5]]
     model = build("llama")
     with torch.no_grad(), sparing.attach(model, control) as run:
         model.generate(**prompt("llama", (7, 7)), max_new_tokens=3, min_new_tokens=3, do_sample=False)
-    assert run.trace.share("depth", "decode") == 1
+    assert run.trace.share("depth", "decode") == 0.5
 
 
 def test_needs_training_unless_nothing_is_learned(llama: PreTrainedModel) -> None:

@@ -19,6 +19,7 @@ from sparing.engine.attach import attach
 from sparing.engine.stream import Stream, StreamMethod
 from sparing.engine.train import Batch, Objective, Training, student, train
 from sparing.engine.view import View, evaluating
+from sparing.grid.budget import spaced
 from sparing.grid.gates import excess_loss, mean_over, straight_through
 from sparing.grid.method import BudgetError, Card, Error, Method, Shape, choice, integer, numbers, register, share
 from sparing.grid.score import divergence
@@ -63,8 +64,8 @@ class FTP(StreamMethod):
     `fit` finds s_l by a genetic search with the static router, trains the learned one (see `fit`), and searches again
     with it, from the best of the first search.
 
-    The budget is the prompt's: `keep` = 1 - s. What generated tokens spend follows from rule 4, often all layers. By
-    that rule they would run nothing under uniform s_l >= threshold; the control `uniform` lets them run everything.
+    The budget is the prompt's: `keep` = 1 - s. What generated tokens spend follows from rule 4, often all layers. The
+    control `uniform` gives them as many as the searched profile does, evenly spaced; by the rule, all or none.
 
     Departures. Published (and `count` = router) the router decides how many run. Nothing then ties that number to s:
     its sparsity loss forgives skipping too much, and the second search, which sees quality alone, prefers profiles at
@@ -130,9 +131,7 @@ class FTP(StreamMethod):
         return self.replace(s=s)
 
     def control(self, kind: str, shape: Shape, seed: int = 0) -> Method:
-        if kind == "uniform":
-            return self.replace(profile="uniform", threshold=1 if self.s >= self.threshold else self.threshold)
-        own = {"random": ("lot", seed), "static": ("router", "static")}
+        own = {"random": ("lot", seed), "static": ("router", "static"), "uniform": ("profile", "uniform")}
         return self.replace(**dict([own[kind]])) if kind in own else super().control(kind, shape, seed)
 
     @property
@@ -148,9 +147,21 @@ class FTP(StreamMethod):
             raise Error(f"method = 'ftp': was fitted on another model: sparsity has {len(found)} layers, not {L}")
         return found
 
+    def decodes(self, layer: int, L: int) -> bool:
+        """Whether generated tokens run a layer, of L."""
+        if self.profile == "uniform" and self.state:
+            return layer in self._even
+        return self.sparsity(L)[layer] < self.threshold
+
+    @functools.cached_property
+    def _even(self) -> tuple[int, ...]:
+        profile = self.state["sparsity"].tolist()
+        run = [layer for layer, s in enumerate(profile) if s < self.threshold]
+        return spaced(len(profile), len(run)) if len(run) > 1 else tuple(run)
+
     def before_layer(self, stream: Stream, layer: int) -> None:
         s = self.sparsity(stream.layers)[layer]
-        if s >= self.threshold:
+        if not self.decodes(layer, stream.layers):
             stream.bypass(stream.generated, free=True)
         if s > 0 and stream.phase == "prefill":
             stream.bypass(~(self.keeps(stream, s) | stream.generated))  # padding leaves too
