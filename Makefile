@@ -69,7 +69,9 @@ depth-width: $(VENV)/.ready
 	$(BIN)/sparing compare lab:lm --task ppl --keep 0.75,0.5 --dtype float32 --limit 24 --out out/depth-width --resume \
 		$(foreach method,$(FITTED),--method out/fits/$(method)) --method ffn-skipllm --method shortgpt \
 		--method evopress:offspring=16,tokens=2048/8192,survivors=2/1 --method flap --method wanda-sp --method magnitude-sp
-	cp out/depth-width/report.md docs/results/depth-width.md
+	( printf '# Depth and width on lab:lm\n\nWritten by `make depth-width`; how to read it: '; \
+		printf '[depth.md](../depth.md#what-it-gave-on-lablm).\n\n![Loss against speed-up](depth-width.png)\n\n'; \
+		cat out/depth-width/report.md ) > docs/results/depth-width.md
 	cp out/depth-width/pareto.png docs/results/depth-width.png
 
 # docs/results/search.md: the best cut of lab:lm at 1.5x, against FLAP alone and depth alone.

@@ -178,7 +178,8 @@ def _drawn(experiment: Experiment, out: Path, device: str, colours: Mapping[str,
 def rebuilt(line: Line, out: Path, loaded: Loaded) -> Method:
     """The method of a row at its budget, fitted as it was when the row was measured."""
     spec = str(line.row.get("spec") or line.row["method"])
-    folders = (Path(spec), out / "fitted" / fitted_name(spec))
+    here = out / "fitted"
+    folders = (Path(spec), here / fitted_name(spec), here / fitted_name(f"{spec}-keep-{line.keep:g}"))
     for folder in folders:
         if (folder / "method.json").is_file():
             return load(folder).at(line.keep, loaded.view.shape)
