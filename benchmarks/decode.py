@@ -7,7 +7,7 @@
 The model is the Llama of benchmarks/efficiency.py with random weights (16 layers of width 1,024 by default). Dense and
 method generate the same number of tokens after one prompt, in turns in one process; the speed-up is the median of the
 paired ratios of decode time. FLOPs and bytes are those that ran; `bound` is the roofline ratio with this machine's
-measured peaks, `efficiency` speed-up / bound.
+measured peaks, `efficiency` speed-up / bound. Finished rows are kept in out/decode; a second call goes on.
 
 Random weights do not saturate, so ffn-skipllm tests against theta = -1: every test is made and hits, and 12 of the
 16 feed-forward blocks are skipped, half of the weights of the layers.
@@ -19,7 +19,7 @@ import argparse
 import json
 import platform
 import sys
-from typing import Any
+from pathlib import Path
 
 import torch
 from efficiency import DTYPES, SIZES, llama
@@ -55,11 +55,17 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--methods", nargs="*", default=METHODS)
+    parser.add_argument("--rows", type=Path, default=Path("out/decode/rows.jsonl"), help="finished rows, kept")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU"
-    rows: list[dict[str, Any]] = []
-    work = [(d, b, m) for d in options.dtypes for b in options.batches for m in options.methods]
+    options.rows.parent.mkdir(parents=True, exist_ok=True)
+    kept = [json.loads(line) for line in options.rows.read_text().splitlines()] if options.rows.exists() else []
+    same = {"device": device, "threads": options.threads, "size": options.size}
+    rows = [row for row in kept if same.items() <= row.items()]
+    done = {(row["dtype"], row["batch"], row["method"]) for row in rows}
+    wanted = [(d, b, m) for d in options.dtypes for b in options.batches for m in options.methods]
+    work = [one for one in wanted if one not in done]
     bar = tqdm(work, file=sys.stderr)
     last = None
     for dtype, batch, text in bar:
@@ -98,6 +104,8 @@ def main() -> None:
                 "size": options.size,
             }
         )
+        with options.rows.open("a") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
     if options.json:
         print(json.dumps(rows, indent=1))
         return
