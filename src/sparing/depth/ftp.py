@@ -142,10 +142,14 @@ class FTP(StreamMethod):
         """s_l of L layers."""
         if self.profile == "uniform":
             return (self.s,) * L
-        found = tuple(self.state["sparsity"].tolist())
+        found = self._searched
         if len(found) != L:
             raise Error(f"method = 'ftp': was fitted on another model: sparsity has {len(found)} layers, not {L}")
         return found
+
+    @functools.cached_property
+    def _searched(self) -> tuple[float, ...]:
+        return tuple(self.state["sparsity"].tolist())
 
     def decodes(self, layer: int, L: int) -> bool:
         """Whether generated tokens run a layer, of L."""
@@ -155,9 +159,8 @@ class FTP(StreamMethod):
 
     @functools.cached_property
     def _even(self) -> tuple[int, ...]:
-        profile = self.state["sparsity"].tolist()
-        run = [layer for layer, s in enumerate(profile) if s < self.threshold]
-        return spaced(len(profile), len(run)) if len(run) > 1 else tuple(run)
+        run = tuple(layer for layer, s in enumerate(self._searched) if s < self.threshold)
+        return spaced(len(self._searched), len(run)) if len(run) > 1 else run
 
     def before_layer(self, stream: Stream, layer: int) -> None:
         s = self.sparsity(stream.layers)[layer]
