@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sparing.engine.calls import cache_in, with_cache
 from sparing.grid.method import Error
 
 FEWEST, MOST = 5, 30  #: pairs, where the caller leaves their number open
@@ -177,14 +178,16 @@ def decode(model: nn.Module, inputs: Mapping[str, Any], out: Any, steps: int = S
     ids, shift = inputs["input_ids"], _shift(model, inputs)
     past = inputs.get("attention_mask")
     mask = torch.cat([torch.ones_like(ids) if past is None else past, ids.new_ones(len(ids), steps)], 1)
-    cache, said = out.past_key_values, []
+    (_, cache), said = cache_in(out), []
+    if cache is None:
+        raise Error(f"{type(model).__name__}: gave no KV cache back, so its decoding cannot be timed")
     for step in range(1, steps + 1):
         token = out.logits[:, -1:].argmax(-1)
         said.append(token)
         here = mask[:, : ids.shape[1] + step]
         if shift is not None:
             last["position_ids"] = (here.cumsum(1)[:, -1:] - 1 + shift).expand(3, -1, -1)
-        out = model(input_ids=token, attention_mask=here, past_key_values=cache, use_cache=True, **last)
+        out = model(input_ids=token, attention_mask=here, use_cache=True, **with_cache(model, cache), **last)
     return torch.cat(said, 1)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sparing.engine.calls import cache_in, cache_parameter
 from sparing.engine.ragged import RaggedLayer, Tap, check_dynamic, ragged
 from sparing.engine.routing import Routing, RoutingMethod, run_experts
 from sparing.engine.stream import Stream, StreamMethod, pack, take
@@ -204,8 +205,8 @@ class Pass:
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if len(args) > 1:  # by name, so that they can be cut to the rows that run
             kwargs.update(zip(list(inspect.signature(forward).parameters)[1:], args[1:]))
-        self._cache_name = "layer_past" if "layer_past" in kwargs else "past_key_values"  # GPT-NeoX and its kin
-        cache = kwargs.get(self._cache_name)
+        name, cache = cache_in(kwargs)
+        self._cache_name = name or cache_parameter(forward)
         if self.stream is None:
             self.start(hidden, cache)
         stream = self.stream
@@ -308,11 +309,11 @@ class Pass:
         sub = stream.bypassed_attention is not False or stream.bypassed_mlp is not False
         self._tap = Tap(cache, stream._weight if slot is None else None)
         if stream._weight is not None:
-            kwargs[self._cache_name] = self._tap
+            kwargs[self._cache_argument(forward)] = self._tap
         if stream._watch is not None:
             if entry is not None:
                 check_dynamic(entry)
-            kwargs[self._cache_name] = self._tap
+            kwargs[self._cache_argument(forward)] = self._tap
         if stream._blend is not None and stream._blend[1]:
             if cache is not None or bypassed is not False or sub:
                 raise Error("blend: hide = True: needs a pass without cache (use_cache=False), and nothing bypassed")
@@ -356,6 +357,11 @@ class Pass:
                 at, slot, rows = at[ok], slot[ok], rows[ok]
         joined = hidden.index_put((at, slot), rows)
         return joined if rest is None else (joined, *rest)
+
+    def _cache_argument(self, forward: Callable[..., Any]) -> str:
+        if self._cache_name is None:
+            raise Error(f"{forward.__qualname__}: no parameter takes a KV cache (looked for one annotated Cache)")
+        return self._cache_name
 
     def _sublayer_rows(
         self, bypassed: Tensor | bool, slot: Tensor | None, valid: Tensor | None, x: Tensor
@@ -621,7 +627,7 @@ class Executor:
         """
         given = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         given.update(given.pop("kwargs", {}))
-        cache = given.get("past_key_values")
+        name, cache = cache_in(given)
         columns = next(given[k].shape[1] for k in ("input_ids", "inputs_embeds") if given.get(k) is not None)
         prompt = self.run.prompt
         alone = prompt is None or (isinstance(prompt, int) and prompt >= columns)
@@ -630,7 +636,7 @@ class Executor:
         self.now = ahead = Pass(self, inputs)
         ahead.reading = True
         with torch.no_grad():
-            module.forward(**{**given, "past_key_values": None, "use_cache": False})
+            module.forward(**{**given, **({name: None} if name else {}), "use_cache": False})
         ahead.memory["read"] = True
         return ahead.memory
 

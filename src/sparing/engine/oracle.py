@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from sparing.engine.attach import _tuned, _weights
+from sparing.engine.calls import cache_parameter, with_cache
 from sparing.engine.view import LayerView, View, evaluating
 from sparing.grid.method import Error, Method
 
@@ -166,7 +167,7 @@ def explore(
         if method is not None:
             stack.enter_context(_tuned(model, _weights(method)))
         keys: Any = DynamicCache()
-        tree.view.decoder(input_ids=ids_T[None], past_key_values=keys, use_cache=True)
+        tree.view.decoder(input_ids=ids_T[None], use_cache=True, **with_cache(tree.view.decoder, keys))
         tree.past = [(entry.keys, entry.values) for entry in keys.layers]
         stack.enter_context(tree.planted())
         for column, label_M in zip(tqdm(at, desc="routes", disable=not progress), labels_NM, strict=True):
@@ -258,7 +259,10 @@ class _Tree:
         kwargs["attention_mask"] = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, torch.finfo(x.dtype).min)[
             None, None
         ]
-        kwargs["past_key_values"] = past
+        name = cache_parameter(forward)
+        if name is None:
+            raise Error(f"{forward.__qualname__}: no parameter takes a KV cache (looked for one annotated Cache)")
+        kwargs[name] = past
         out = forward(x[:, :S].reshape(S // m, m, D), *args[1:], **kwargs)
         first, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
         first = first.reshape(1, S, D).repeat(1, C, 1)

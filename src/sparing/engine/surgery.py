@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from sparing.engine.calls import cache_in
 from sparing.engine.routing import EXPERT_COUNTS, check_kept, cut_experts, restricted
 from sparing.engine.view import LayerView, View, heads_a_group
 from sparing.grid.method import Error, Method
@@ -217,8 +218,8 @@ class NoAttention(nn.Module):
         self.k_proj = Absent(0)
         self.o_proj = Absent(hidden, bias)
 
-    def forward(self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        cache = kwargs.get("layer_past") if past_key_values is None else past_key_values
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        _, cache = cache_in({**dict(enumerate(args)), **kwargs})  # by value: modelling files name it differently
         if cache is not None:
             token_B1T1 = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
             cache.update(token_B1T1, token_B1T1, self.layer_idx)
