@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 import sparing
 from sparing.depth.first import First, _Routers, _Soft, decide, tally
+from sparing.engine.calls import cache_in
 from sparing.grid.method import BudgetError, Shape
 from sparing.testing.models import LAYERS, VOCAB, build, prompt, single
 
@@ -69,7 +70,7 @@ def expected_set(model: PreTrainedModel, ids: Tensor, method: First) -> tuple[in
 def kept_sets(model: PreTrainedModel, method: First, batch: dict[str, Tensor]) -> list[tuple[int, ...]]:
     """K of each sequence, as the method decided it in a prefill."""
     with torch.no_grad(), sparing.attach(model, method) as run:
-        drops = run.memories[model(**batch).past_key_values]["first.drops"]
+        drops = vars(cache_in(model(**batch))[1])["sparing"][run.number]["first.drops"]
     rows = len(batch["input_ids"])
     drop_BL = torch.stack([torch.as_tensor(d).expand(rows) for d in drops], 1)
     return [tuple((~row).nonzero().flatten().tolist()) for row in drop_BL]
@@ -88,9 +89,9 @@ def test_oracle_1_p_one_is_the_base_model_in_decoding(llama: PreTrainedModel) ->
     batch, method = prompt("llama"), First().with_state(fixed(*[1.0] * LAYERS))
     with torch.no_grad():
         dense, long = llama(**batch).logits, llama.generate(**batch, max_new_tokens=4, **OPTIONS)
-        with sparing.attach(llama, method, prompt=4):
+        with sparing.attach(llama, method, prompt=4, warn=False):
             assert torch.equal(llama(**batch).logits, dense)
-        with sparing.attach(llama, method):
+        with sparing.attach(llama, method, warn=False):
             now = llama.generate(**batch, max_new_tokens=4, **OPTIONS)
     assert torch.equal(torch.stack(now.logits), torch.stack(long.logits))
 
@@ -308,7 +309,7 @@ def test_oracle_6_cached_decoding_equals_a_recomputation(llama: PreTrainedModel,
     method = First(R=R).with_state(routers(1))
     batch = prompt("llama", (7, 4))
     with torch.no_grad():
-        with sparing.attach(llama, method):
+        with sparing.attach(llama, method, warn=False):
             out = llama.generate(**batch, max_new_tokens=6, **OPTIONS)
         for row in range(2):
             alone = single("llama", batch, row)["input_ids"]
@@ -327,7 +328,7 @@ def test_oracle_7_prompts_with_other_votes_in_one_batch(llama: PreTrainedModel, 
     method = First(R=R).with_state(routers(1))
     batch = prompt("llama", (7, 4, 6), seed=3)
     assert len(set(kept_sets(llama, method, batch))) == 3
-    with torch.no_grad(), sparing.attach(llama, method):
+    with torch.no_grad(), sparing.attach(llama, method, warn=False):
         together = llama.generate(**batch, max_new_tokens=5, **OPTIONS)
         for row in range(3):
             alone = llama.generate(**single("llama", batch, row), max_new_tokens=5, **OPTIONS)

@@ -5,7 +5,9 @@ References are layer loops written out, hooks on the modules, or the same rows r
 
 from __future__ import annotations
 
+import copy
 import gc
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -499,11 +501,11 @@ def test_steps_go_on_in_the_cache_of_a_pass_that_held_generated_tokens(llama: Pr
 
     seen = _steps(llama, run, prompt=4)
     assert [step for _, step, _ in seen] == [[[*range(-4, 3)]] * 2, [[3]] * 2, [[4, 5]] * 2]
-    assert [common for _, _, common in seen] == [None, None, None]  # rows might have begun at different columns
+    assert [common for _, _, common in seen] == [None, 3, None]
     seen = _steps(llama, run, prompt=torch.tensor([4, 6]))
     assert [step for _, step, _ in seen[1:]] == [[[3], [1]], [[4, 5], [2, 3]]]
-    seen = _steps(llama, run)
-    assert [(step, common) for _, step, common in seen[1:]] == [([[0]] * 2, 0), ([[1, 2]] * 2, None)]
+    with pytest.raises(Error, match=r"2 columns behind a cache of 8 may be prompt .* or generated"):
+        _steps(llama, run)
 
 
 def test_steps_follow_rows_that_leave(llama: PreTrainedModel) -> None:
@@ -522,6 +524,10 @@ def test_steps_follow_rows_that_leave(llama: PreTrainedModel) -> None:
 # --------------------------------------------------------------------------- memory
 
 
+class Counts(list[int]):
+    """A list that can be referred to weakly."""
+
+
 def test_memory_lives_as_long_as_its_cache(llama: PreTrainedModel) -> None:
     """Two generations taking turns on one model keep two memories; a new prompt begins with none."""
     seen: list[tuple[str, list[int]]] = []
@@ -531,7 +537,7 @@ def test_memory_lives_as_long_as_its_cache(llama: PreTrainedModel) -> None:
             return
         if stream.phase == "prefill":
             assert not {k for k in stream.memory if k.startswith("test.")}
-            stream.memory["test.counts"] = []
+            stream.memory["test.counts"] = Counts()
         counts = stream.memory["test.counts"]
         counts.append(int(stream.width))
         seen.append((stream.phase, list(counts)))
@@ -543,13 +549,14 @@ def test_memory_lives_as_long_as_its_cache(llama: PreTrainedModel) -> None:
             llama(torch.tensor([[3]]), past_key_values=cache)
         llama(torch.randint(2, 99, (1, 4)), use_cache=False)
         assert [counts for _, counts in seen] == [[5], [7], [5, 1], [7, 1], [7, 1, 1], [5, 1, 1], [4]]
-        assert len(run.memories) == 2
+        notes = [weakref.ref(vars(kept)["sparing"][run.number]["test.counts"]) for kept in (one, two)]
+        copied = copy.deepcopy(two)
+        llama(torch.tensor([[3]]), past_key_values=copied)
+        assert [counts for _, counts in seen][-1] == [7, 1, 1, 1]
+        assert vars(two)["sparing"][run.number]["test.counts"] == [7, 1, 1]
         del cache, one
         gc.collect()
-        assert len(run.memories) == 1
-        del two
-        gc.collect()
-        assert len(run.memories) == 0
+        assert [note() is None for note in notes] == [True, False]
 
 
 # --------------------------------------------------------------------------- the state that enters an MLP

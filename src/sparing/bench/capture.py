@@ -51,7 +51,7 @@ def footprint(loaded: Loaded, task: tasks.Task, method: Method, sample: int = 0,
         share = left(loaded.model, plan)
         prompt = np.repeat((share > 0)[:, None], int(here.sum()), 1)
         return Footprint(prompt, visual[here].numpy(), np.zeros((len(share), 0), bool), share, picture)
-    with attach(loaded.model, method) as run:
+    with attach(loaded.model, method, warn=False) as run:
         run.keeps_index = True
         timing.decode(loaded.model, inputs, timing.prefill(loaded.model, inputs), steps)
         return pictures.footprint(run.trace, visual, sample=sample, here=here, image=picture)

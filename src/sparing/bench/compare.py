@@ -394,7 +394,7 @@ class Subject:
         if self.method is None:
             yield None
         else:
-            with attach(self.model, self.method) as run:
+            with attach(self.model, self.method, warn=False) as run:
                 run.keeps_trace, run.time_decisions = trace, decisions
                 yield run
 

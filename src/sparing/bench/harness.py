@@ -173,7 +173,7 @@ class Harness(Task):
 def language_model(loaded: Loaded, run: Run | None = None, *, batch: int = 4) -> Any:
     """The live model as lm-eval's model object, for what a `Harness` does not do: groups, many tasks, other settings.
 
-        with attach(loaded.model, method) as run:
+        with attach(loaded.model, method, warn=False) as run:
             lm_eval.simple_evaluate(model=language_model(loaded, run), tasks=["mmlu"])
 
     Args:

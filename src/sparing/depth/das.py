@@ -252,7 +252,9 @@ class _Adapters(Objective):
         from sparing.engine.attach import attach
 
         live = {name: tensor for name, tensor in _named({f"adapters.{k}": v for k, v in self.adapters.items()})}
-        with attach(self.model, self.method.replace(choose="learned").with_state({**live, "skip": skip})) as run:
+        with attach(
+            self.model, self.method.replace(choose="learned").with_state({**live, "skip": skip}), warn=False
+        ) as run:
             run.keeps_trace = False
             return self.model(**batch, use_cache=False).loss
 

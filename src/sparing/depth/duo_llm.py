@@ -290,7 +290,7 @@ class _Routing(Objective):
 
 
 def _lm_loss(model: Any, method: Method, batch: Batch) -> Tensor:
-    with attach(model, method) as run:
+    with attach(model, method, warn=False) as run:
         run.keeps_trace = False
         return model(**batch, use_cache=False).loss
 
@@ -328,7 +328,7 @@ def _margins(model: Any, method: DuoLlm, data: Sequence[Batch]) -> Tensor:
         fields = {**method.fields(), "rho": 0.5, "router": "learned"}
         watched = _Watched(**fields, threshold=cut).with_state(method.state)
         seen: list[Tensor] = []
-        with evaluating(model), attach(model, watched) as run:
+        with evaluating(model), attach(model, watched, warn=False) as run:
             run.keeps_trace = False
             for batch in data:
                 inputs = {k: v.to(device) for k, v in batch.items() if k != "labels"}

@@ -118,12 +118,19 @@ class First(StreamMethod):
         return super().control(kind, shape, seed)
 
     def read_prompt(self, stream: Stream, layer: int) -> None:
-        votes: list[Tensor] = stream.memory.setdefault("first.votes", [])
+        """Votes add up over the parts of a prompt that comes in several; who decides last has all of them."""
         if self.router == "static":
-            votes.append(self.state["router.mean"][layer].to(stream.hidden.device).expand(2, stream.batch))
+            mean = self.state["router.mean"][layer].to(stream.hidden.device)
+            vote_B, mean_B = mean.expand(2, stream.batch)
         else:
             p_BN = use(stream.hidden, self.state["router.weight"][layer], self.state["router.bias"][layer])
-            votes.append(torch.stack(tally(p_BN, stream.prompt)))
+            sums: dict[int, Tensor] = stream.memory.setdefault("first.sums", {})
+            sums[layer] = sums.get(layer, 0) + ballots(p_BN, stream.prompt)
+            vote_B, mean_B = counted(sums[layer])
+        if layer == 0:
+            stream.memory["first.votes"] = []
+        votes: list[Tensor] = stream.memory["first.votes"]
+        votes.append(torch.stack([vote_B, mean_B]))
         if layer == stream.layers - 1:
             vote_BL, mean_BL = torch.stack(votes, -1)
             drop_BL = ~decide(vote_BL, mean_BL, self.R)
@@ -134,7 +141,7 @@ class First(StreamMethod):
         if stream.generated is False:
             return
         if "first.drops" not in stream.memory:
-            raise Error("past_key_values: first decides while the prompt runs, and it was not attached then")
+            raise Error("KV cache: first decides while the prompt runs, and it was not attached then")
         drop: bool | Tensor = stream.memory["first.drops"][layer]  # of all sequences, or (B,) of each
         if isinstance(drop, Tensor):
             drop = drop[:, None].expand(stream.hidden.shape[:2])
@@ -169,11 +176,20 @@ def use(hidden_BND: Tensor, weight_D: Tensor, bias: Tensor) -> Tensor:
     return torch.sigmoid(unit_BND @ weight_D.to(unit_BND) + bias.to(unit_BND))
 
 
+def ballots(p_BN: Tensor, prompt_BN: Tensor) -> Tensor:
+    """Of the prompt's rows their number, those against, and the sum of 1 - p; (3, B)."""
+    return torch.stack([prompt_BN.sum(1), ((p_BN <= 0.5) & prompt_BN).sum(1), ((1 - p_BN) * prompt_BN).sum(1)])
+
+
+def counted(sums_3B: Tensor) -> tuple[Tensor, Tensor]:
+    """v (B,) and mean p (B,) of ballots, counted from those against, so that no prompt is no objection."""
+    rows_B, against_B, doubt_B = sums_3B
+    return 1 - against_B / rows_B.clamp(min=1), 1 - doubt_B / rows_B.clamp(min=1)
+
+
 def tally(p_BN: Tensor, prompt_BN: Tensor) -> tuple[Tensor, Tensor]:
-    """v (B,) and mean p (B,) over the prompt's rows, counted from those against, so that no prompt is no objection."""
-    count_B = prompt_BN.sum(1).clamp(min=1)
-    against_B = ((p_BN <= 0.5) & prompt_BN).sum(1) / count_B
-    return 1 - against_B, 1 - ((1 - p_BN) * prompt_BN).sum(1) / count_B
+    """v (B,) and mean p (B,) over the prompt's rows."""
+    return counted(ballots(p_BN, prompt_BN))
 
 
 def decide(vote_BL: Tensor, mean_BL: Tensor, R: int | None) -> Tensor:
@@ -216,7 +232,7 @@ class _Routers(Objective):
         """CE of a soft pass, and mean p of each layer and prompt, (L, B)."""
         soft = _Soft(self.weight, self.bias, {})
         prompt_BT = (batch["labels"] != -100).cumsum(1) == 0
-        with attach(self.model, soft, prompt=prompt_BT) as run:
+        with attach(self.model, soft, prompt=prompt_BT, warn=False) as run:
             run.keeps_trace = False
             loss = self.model(**batch, use_cache=False).loss
         return loss, torch.stack([*soft.mean_B.values()])

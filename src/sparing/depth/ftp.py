@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -98,6 +98,8 @@ class FTP(StreamMethod):
     >>> keeps.tolist()
     [[True, False, False, True, True]]
     """
+
+    whole_prompt: ClassVar[bool] = True
 
     s: float = share(0.3, "mean share of prompt tokens skipped a layer", source="22-40 % in the results")
     s_max: float = share(0.9, "most that one layer skips")
@@ -307,7 +309,7 @@ def answers(model: nn.Module, batch: Batch, *methods: Method) -> Tensor:
     else:
         prompt_BT = (labels_BT != -100).cumsum(1) == 0
         asked_BT = F.pad(labels_BT[:, 1:] != -100, (0, 1))
-    with attach(model, *methods, prompt=prompt_BT) as run:
+    with attach(model, *methods, prompt=prompt_BT, warn=False) as run:
         run.keeps_trace = False
         return model(**inputs, use_cache=False).logits[asked_BT]
 

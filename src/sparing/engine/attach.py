@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import warnings
 import weakref
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, Protocol, Self, cast
+from typing import Protocol, Self, cast
 
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ from sparing.engine.lora import merged
 from sparing.engine.overlap import Deferred
 from sparing.engine.routing import RoutingMethod
 from sparing.engine.stream import StreamMethod
-from sparing.engine.surgery import SurgeryMethod, masked
+from sparing.engine.surgery import Plan, SurgeryMethod, masked
 from sparing.engine.view import View
 from sparing.grid.files import sized
 from sparing.grid.method import Error, Method, state_check
@@ -23,6 +25,9 @@ from sparing.grid.trace import Counter, Trace
 
 # Runs attached to a model right now, outermost first.
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, list[Run]] = weakref.WeakKeyDictionary()
+
+
+_NUMBERS = itertools.count()
 
 
 class _Defers(Protocol):
@@ -36,8 +41,8 @@ class Run:
         model: the model, unchanged but for instance attributes and hooks that leaving removes.
         methods: what is attached.
         trace: what ran since the block was entered.
-        prompt: columns of an uncached pass that are the prompt: None (all), a number, long (B,) or bool (B, T). The
-            rest counts as generated, so that one pass equals prefill and cached decoding.
+        prompt: columns of the sequences that are prompt, cached ones counted: a number, long (B,) or bool (B, T); what
+            stands behind is generated, in one pass as in many. None: as `sparing.engine.prompt` tells them apart.
         visual: bool (B, T) of visual tokens, where they cannot be read off input_ids.
         oracle: (B, V) or (V,), how much each visual token matters; set by tasks whose world knows.
         checks_cache: raise an Error where a row would attend to a cache that misses keys of earlier tokens. For methods
@@ -46,16 +51,22 @@ class Run:
     """
 
     def __init__(
-        self, model: nn.Module, methods: tuple[Method, ...], prompt: int | Tensor | None = None, trace: bool = False
+        self,
+        model: nn.Module,
+        methods: tuple[Method, ...],
+        prompt: int | Tensor | None = None,
+        trace: bool = False,
+        warn: bool = True,
     ) -> None:
         self.model = model
         self.methods = methods
         self.prompt = prompt
         self.visual: Tensor | None = None
         self.oracle: Tensor | None = None
+        self.warn = warn
         self.time_decisions = False
         self.checks_cache = False
-        self.memories: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+        self.number = next(_NUMBERS)  # notes on a KV cache say whose they are
         self.deferred: Deferred | None = None
         self._executor: Executor | None = None
         self.keeps_trace = True
@@ -63,6 +74,7 @@ class Run:
         self.view = View(model)
         self.trace = Trace(counter=Counter() if trace else None)
         self._stack: contextlib.ExitStack | None = None
+        self._plans: dict[str, Plan] = {}
         self._check()
 
     def _check(self) -> None:
@@ -133,7 +145,8 @@ class Run:
             stack.callback(runs.remove, self)
             for method in self.methods:
                 if isinstance(method, SurgeryMethod):
-                    stack.enter_context(masked(self.model, method.plan(self.model)))
+                    plan = self._plans[method.name] = method.plan(self.model)
+                    stack.enter_context(masked(self.model, plan))
                 tuned = {**_weights(method), **merged(self.model, method)}
                 if tuned:
                     stack.enter_context(_tuned(self.model, tuned))
@@ -158,6 +171,40 @@ class Run:
         stack, self._stack = self._stack, None
         if stack is not None:
             stack.__exit__(kind, error, trace)
+        if kind is None and self.warn:
+            for name, why in self.inert().items():
+                warnings.warn(f"sparing: {name} did nothing: {why}", stacklevel=2)
+
+    def inert(self) -> dict[str, str]:
+        """Methods of this run that were asked to leave something out and left nothing out, and what ran instead.
+
+        Passes count in which the method has something to act on: those with visual tokens, with generated ones, with
+        prompt. A method that had none is not among them, nor one at full budget, nor one that spends everything.
+        """
+        found = {m.name: self._idle(m) for m in self.methods if m.card.saves != "nothing"}
+        shape = self.view.shape
+        asked = {m.name for m in self.methods if found.get(m.name) and not m.asks_all(shape)}
+        return {name: why for name, why in found.items() if why and name in asked}
+
+    def _idle(self, method: Method) -> str | None:
+        if isinstance(method, SurgeryMethod):
+            plan = self._plans.get(method.name)
+            return "its plan cuts no head, neuron, expert or layer" if plan is not None and plan.keeps_all else None
+        cells = self.trace.cells
+        if isinstance(method, RoutingMethod):
+            routed = [c for c in cells if c.all_pairs]
+            idle = bool(routed) and all(c.pairs == c.all_pairs for c in routed)
+            return f"all pairs of token and expert ran in {len(routed)} passes" if idle else None
+        if method.card.visual:
+            seen = [c for c in cells if c.visual]
+            idle_passes = [c for c in seen if sum(c.visual_rows) >= len(c.rows) * c.visual]
+            said = f"all visual tokens ran all layers in {len(idle_passes)} of {len(seen)} passes that have any"
+            return said if idle_passes else None
+        phase = method.card.phase
+        own = [c for c in cells if phase == "both" or (c.generated if phase == "decode" else c.generated < c.tokens)]
+        what = {"decode": "generated", "prefill": "prompt"}.get(phase, "")
+        full = bool(own) and all(sum(c.rows) > len(c.rows) * c.tokens - 1e-6 for c in own)
+        return f"all {what} tokens ran all layers in {len(own)} passes".replace("  ", " ") if full else None
 
 
 def _weights(method: Method) -> dict[str, Tensor]:
@@ -193,7 +240,13 @@ def _tuned(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
             own[k].data = v
 
 
-def attach(model: nn.Module, *methods: Method, prompt: int | Tensor | None = None, trace: bool = False) -> Run:
+def attach(
+    model: nn.Module,
+    *methods: Method,
+    prompt: int | Tensor | None = None,
+    trace: bool = False,
+    warn: bool = True,
+) -> Run:
     """Methods on a live model for the time of a `with` block; through forward, generate and everything built on them.
 
     No weights are copied, no modelling code replaced, the attention implementation stays. Leaving the block restores
@@ -204,6 +257,7 @@ def attach(model: nn.Module, *methods: Method, prompt: int | Tensor | None = Non
         methods: at most one an axis.
         prompt: see `Run.prompt`.
         trace: also count FLOPs and bytes (slow; not for timing).
+        warn: warn on leaving where a method was asked to leave something out and everything ran; see `Run.inert`.
 
     Raises:
         Error: two methods on one axis (names both), a method the model has nothing for or that needs calibration.
@@ -218,4 +272,4 @@ def attach(model: nn.Module, *methods: Method, prompt: int | Tensor | None = Non
     >>> run.trace.share("depth", phase="decode")
     0.5
     """
-    return Run(model, methods, prompt, trace)
+    return Run(model, methods, prompt, trace, warn)

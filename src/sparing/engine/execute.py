@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers.cache_utils import Cache, DynamicCache
 
-from sparing.engine.calls import cache_in, cache_parameter
+from sparing.engine.calls import Cut, cache_in, cache_parameter, is_rotary, mask_in, named, parameters, rotary_in
+from sparing.engine.prompt import Columns, Generation, said
 from sparing.engine.ragged import RaggedLayer, Tap, check_dynamic, ragged
 from sparing.engine.routing import Routing, RoutingMethod, run_experts
 from sparing.engine.stream import Stream, StreamMethod, pack, take
-from sparing.engine.view import View
+from sparing.engine.view import View, adds_residual
 from sparing.grid.method import Error
 from sparing.grid.trace import Cells
 
@@ -26,69 +31,114 @@ if TYPE_CHECKING:
 class Pass:
     """One forward pass through the decoder: what came in, and the stream that runs through the layers."""
 
-    def __init__(self, executor: Executor, inputs: dict[str, Any]) -> None:
+    def __init__(self, executor: Executor, inputs: dict[str, Any], cache: Cache | None, size: Tensor) -> None:
+        """`size`: any tensor (B, T, …) of the pass."""
         self.executor = executor
         self.run: Run = executor.run
         self.view: View = executor.view
         self.inputs = inputs
+        self.cache = cache
         self.kwargs: dict[str, Any] = {}
         self.stream: Stream | None = None
-        self.past = 0
-        self.phase = "prefill"
+        self.batch, self.width = size.shape[:2]
+        self.device = size.device
+        self.past = int(cache.get_seq_length()) if cache is not None else 0
+        self.memory: dict[str, Any] = self._recalled(cache)
+        self.columns = self._columns()
+        self.phase = "decode" if self.past and self.columns.generated is True else "prefill"
         self.methods: list[StreamMethod] = []
         self.routers: list[RoutingMethod] = []
         self.readers: list[StreamMethod] = []
         self.cells: Cells | None = None
-        self.memory: dict[str, Any] = {}
         self.reading = False  # only reads the prompt: no method acts
+        self.read = self.phase == "decode"  # the prompt has been read, by a pass of its own or before decoding
 
     # ---- what came in
 
-    def start(self, hidden_BTD: Tensor, cache: Any) -> None:
-        self.past = int(cache.get_seq_length()) if cache is not None else 0
-        self.phase = "decode" if self.past else "prefill"
+    def start(self, hidden_BTD: Tensor) -> None:
+        if hidden_BTD.ndim != 3 or hidden_BTD.shape[:2] != (self.batch, self.width):
+            raise Error(
+                f"{type(self.view.decoder).__name__}: its layers are handed {tuple(hidden_BTD.shape)} for a batch of "
+                f"{self.batch} x {self.width}; only states (B, T, D) can be followed"
+            )
         self.methods = [m for m in self.run.streams if self.phase == "prefill" or m.card.phase != "prefill"]
         self.routers = [m for m in self.run.routers if m.card.phase in ("both", "static", self.phase)]
-        self.batch, self.width = hidden_BTD.shape[:2]
         self.device = hidden_BTD.device
         self.stream = Stream(self, self.view, hidden_BTD)
-        self._recall(cache)
         if self.reading:
             self.methods, self.routers = [], []
             return
+        self._check_parts()
         self.readers = [m for m in self.methods if m.defines("read_prompt")] if not self.read else []
         if self.run.keeps_trace:
             visual = int(self.visual_BT.sum()) if self.phase == "prefill" and self.run.sees_visual else 0
-            self.cells = Cells(self.phase, self.batch * self.width, visual, self.batch, [], [])
-
-    @property
-    def read(self) -> bool:
-        """Whether the prompt has been read already, by a pass of its own or before decoding."""
-        return self.phase == "decode" or "read" in self.memory
-
-    def _recall(self, cache: Any) -> None:
-        """What was noted of these sequences; a pass without past begins afresh."""
-        if cache is not None:
-            if self.phase == "prefill":
-                self.run.memories[cache] = self.memory
-            else:
-                self.memory = self.run.memories.setdefault(cache, self.memory)
-        if "start" not in self.memory:  # column of the first generated token, of each row or of all
             generated = self.generated_BT
-            if isinstance(generated, Tensor):
-                first_B = generated.int().argmax(1)
-                self.memory["start"] = torch.where(generated.any(1), first_B, self.width)
-            else:
-                self.memory["start"] = self.past if generated else self.width
+            told = int(generated.sum()) if isinstance(generated, Tensor) else self.batch * self.width * generated
+            self.cells = Cells(self.phase, self.batch * self.width, visual, self.batch, [], [], generated=told)
+
+    def _recalled(self, cache: Cache | None) -> dict[str, Any]:
+        """What was noted of these sequences, kept on their cache; a pass without past begins afresh."""
+        if cache is None:
+            return {}
+        notes: dict[int, dict[str, Any]] = vars(cache).setdefault("sparing", {})
+        if not self.past:
+            notes[self.run.number] = {}
+        return notes.setdefault(self.run.number, {})
+
+    def _columns(self) -> Columns:
+        generation = self.executor.generation
+        start = self.memory.get("start")
+        where = said(self.run.prompt, generation, self.past, self.width, start)
+        if generation is not None:
+            generation.check(self.past, self.width)
+        if where is None:
+            cares = [m.name for m in self.run.streams if m.card.phase != "prefill" or m.defines("read_prompt")]
+            if cares:
+                raise Error(
+                    f"{cares[0]}: {self.width} columns behind a cache of {self.past} may be prompt (a chunk, a further "
+                    "turn) or generated (drafts): call generate, which says it, or sparing.attach(…, prompt=N) with "
+                    "the columns of the prompt"
+                )
+        columns = Columns(self.past, self.width, self.batch, self.device, where)
+        self.memory["start"] = columns.start
+        return columns
+
+    def _check_parts(self) -> None:
+        """A method that decides by the whole prompt gets it in one pass, or refuses."""
+        if self.columns.generated is True:
+            self.memory.pop("decided", None)
+            return
+        for method in self.methods:
+            visual = method.card.visual
+            if not (visual or method.whole_prompt):
+                continue
+            if self.past and method.name in self.memory.get("decided", ()):
+                raise Error(
+                    f"{method.name}: decided by a prompt of {self.past} columns, and more of it follows, so that its "
+                    "choice would differ from that by the whole prompt: hand it over in one pass, without a kept prefix"
+                )
+            if visual and not bool(self.visual_BT.any()):
+                continue
+            if self.past and method.whole_prompt:
+                raise Error(
+                    f"{method.name}: ranks the tokens of a prompt against each other and needs all in one pass: "
+                    f"{self.past} columns are in the cache already (a kept prefix, a chunk, an earlier turn); start "
+                    "without a cache"
+                )
+            if not self.columns.ends_prompt:
+                raise Error(
+                    f"{method.name}: decides by the whole prompt, and this pass ends at column "
+                    f"{self.past + self.width} of {self.columns.said}: leave prefill_chunk_size out"
+                )
+            self.memory["decided"] = {*self.memory.get("decided", ()), method.name}
 
     @functools.cached_property
     def step_BT(self) -> Tensor:
         """(B, T) long: generated tokens before each column, below 0 in the prompt."""
-        start = self.memory["start"]
+        start = self.columns.start
         if isinstance(start, Tensor) and len(start) != self.batch:
-            raise Error(f"past_key_values: holds {len(start)} sequences, this pass has {self.batch}")
-        columns = self.past + torch.arange(self.width, device=self.device)
-        return (columns - (start[:, None] if isinstance(start, Tensor) else start)).expand(self.batch, -1)
+            raise Error(f"KV cache: holds {len(start)} sequences, this pass has {self.batch}")
+        return self.columns.step
 
     @functools.cached_property
     def mask2d(self) -> Tensor | None:
@@ -118,6 +168,10 @@ class Pass:
             return none
         if given is not None:
             visual = given.to(self.device).expand(self.batch, -1)
+            if visual.shape[1] != self.width:
+                visual = visual[:, self.past : self.past + self.width]
+            if visual.shape[1] != self.width:
+                raise Error(f"run.visual: (B, {given.shape[-1]}) for columns {self.past} to {self.past + self.width}")
         else:
             ids = self.inputs.get("input_ids")
             if self.view.image_token_id is None:
@@ -133,21 +187,10 @@ class Pass:
         generated = self.generated_BT
         return visual if isinstance(generated, bool) else visual & ~generated
 
-    @functools.cached_property
+    @property
     def generated_BT(self) -> Tensor | bool:
-        """Generated rows: everything in a pass with past; behind the prompt in one without."""
-        if self.phase == "decode":
-            return True
-        prompt = self.run.prompt
-        if prompt is None:
-            return False
-        columns = torch.arange(self.width, device=self.device)
-        if isinstance(prompt, int):
-            return False if prompt >= self.width else (columns >= prompt).expand(self.batch, -1)
-        prompt = prompt.to(self.device)
-        if prompt.dtype == torch.bool:
-            return ~prompt
-        return columns[None, :] >= prompt.reshape(-1, 1)
+        """Generated rows, see `sparing.engine.prompt`."""
+        return self.columns.generated
 
     @functools.cached_property
     def prompt_BT(self) -> Tensor:
@@ -202,16 +245,17 @@ class Pass:
 
     def layer(self, index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run layer `index` on the rows that are alive; gives back what the layer would, with fewer rows."""
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        if len(args) > 1:  # by name, so that they can be cut to the rows that run
-            kwargs.update(zip(list(inspect.signature(forward).parameters)[1:], args[1:]))
-        name, cache = cache_in(kwargs)
-        self._cache_name = name or cache_parameter(forward)
+        kwargs = named(forward, args, kwargs)  # by name, so that they can be cut to the rows that run
+        hidden = kwargs.pop(next(iter(parameters(forward))))
+        cache = self._cache_of(forward, kwargs, index)
         if self.stream is None:
-            self.start(hidden, cache)
+            if self.cache is None and cache is not None:  # the model made itself one
+                self.cache = cache
+                vars(cache).setdefault("sparing", {})[self.run.number] = self.memory
+            self.start(hidden)
         stream = self.stream
         assert stream is not None
-        stream.layer, stream.hidden, self.kwargs = index, hidden, kwargs
+        stream.layer, stream.hidden, self.kwargs, self._forward = index, hidden, kwargs, forward
         if self.reading:
             self._read(stream, index)
             return forward(hidden, **kwargs)
@@ -231,7 +275,7 @@ class Pass:
             if stream._replaced is not None:
                 stream.frees_cache = True
                 self._skip(stream, index, cache)
-                out = stream._replaced(stream.hidden)
+                out = self._formed(index, forward, stream._replaced(stream.hidden))
             else:
                 out = self._run(stream, index, forward, cache, kwargs)
         finally:
@@ -256,6 +300,29 @@ class Pass:
         else:
             result = stream.hidden
         return result if rest is None else (result, *rest)
+
+    def _cache_of(self, forward: Callable[..., Any], kwargs: dict[str, Any], index: int) -> Cache | None:
+        """The KV cache among a layer's arguments.
+
+        Raises:
+            Error: the decoder was handed one that does not reach the layer, or one of another kind than transformers'.
+        """
+        self._cache_name = cache_parameter(forward)
+        cache = kwargs.get(self._cache_name) if self._cache_name is not None else None
+        if not isinstance(cache, Cache):
+            if cache is not None:
+                raise Error(
+                    f"{self._cache_name}: {type(cache).__name__} is no KV cache that can be followed (a Cache is)"
+                )
+            name, cache = cache_in(kwargs)
+            self._cache_name = name or self._cache_name
+        if cache is None and self.cache is not None and not self.reading:
+            raise Error(
+                f"layer {index} ({forward.__qualname__}): the model was handed a KV cache of {self.past} tokens and "
+                "none reaches the layer, so what is generated could not be told from the prompt; looked for an "
+                f"argument that is a Cache among {', '.join(kwargs) or 'none'}"
+            )
+        return cache
 
     def _decide(self, stream: Stream, index: int) -> None:
         def where() -> str:
@@ -301,7 +368,13 @@ class Pass:
                 bypassed = True
         if bypassed is True or hidden.shape[1] == 0:
             self._skip(stream, index, cache)
-            return hidden
+            return self._formed(index, forward, hidden)
+        if isinstance(entry, RaggedLayer) and entry.skipped and self.columns.generated is not True and self.past:
+            raise Error(
+                f"layer {index}: tokens generated before skipped it and left no keys there, so that the prompt tokens "
+                "of this pass would attend without them; start a further turn without the cache, or, if this goes "
+                "on with the same answer, say sparing.attach(…, prompt=N) with the columns of its prompt"
+            )
         slot: Tensor | None = None
         valid = stream.valid
         if bypassed is not False:
@@ -321,7 +394,7 @@ class Pass:
         whole = stream.whole and slot is None and not stream._compact
         if whole and not sub and not isinstance(entry, RaggedLayer):
             self._record(stream, hidden.shape[1], None)
-            return forward(hidden, **kwargs)
+            return self._called(forward, hidden, kwargs)
 
         x = hidden if slot is None else take(hidden, slot)
         columns = stream.index if slot is None else take(stream.index, slot)
@@ -342,7 +415,7 @@ class Pass:
                 share = sum(w * (1.0 if r is None else r) for w, r in zip(weight, ran))
             self._record(stream, x.shape[1], columns, share)
             stream._running = None if slot is None else take(stream.index, slot)
-            out = forward(x, **kwargs)
+            out = self._called(forward, x, kwargs)
         finally:
             self.executor.sublayer = stream._running = None
         if slot is None:
@@ -357,6 +430,23 @@ class Pass:
                 at, slot, rows = at[ok], slot[ok], rows[ok]
         joined = hidden.index_put((at, slot), rows)
         return joined if rest is None else (joined, *rest)
+
+    def _called(self, forward: Callable[..., Any], x: Tensor, kwargs: dict[str, Any]) -> Any:
+        out = forward(x, **kwargs)
+        self.executor.returns = len(out) if isinstance(out, tuple) else 0
+        return out
+
+    def _formed(self, index: int, forward: Callable[..., Any], hidden: Tensor) -> Any:
+        """The state in the form that a layer gives it back in: alone, or first of a tuple.
+
+        Where no layer has run yet, this one does, for one row and without a trace.
+        """
+        if self.executor.returns is None:
+            kwargs = self._alone(torch.zeros(self.batch, 1, dtype=torch.long, device=self.device))
+            row = hidden.detach()[:, :1] if hidden.shape[1] else hidden.new_zeros(self.batch, 1, hidden.shape[-1])
+            with torch.no_grad(), _disable_current_modes():
+                self._called(forward, row, kwargs)
+        return (hidden, *[None] * (self.executor.returns - 1)) if self.executor.returns else hidden
 
     def _cache_argument(self, forward: Callable[..., Any]) -> str:
         if self._cache_name is None:
@@ -389,6 +479,7 @@ class Pass:
         self._tap = Tap(None)
         if cache is not None and (len(cache.layers) > index or getattr(cache, "layer_class_to_replicate", None)):
             entry = ragged(cache, index, self.batch, self.device, self.mask2d)
+            entry.skipped = True
             if stream.frees_cache:
                 entry.free()
             entry.seen = self.past + self.width
@@ -398,11 +489,9 @@ class Pass:
         self, stream: Stream, index: int, cache: Any, kwargs: dict[str, Any], columns: Tensor, valid: Tensor | None
     ) -> None:
         """Replace mask, positions and cache entry by those of the rows that run."""
-        full = kwargs.get("position_embeddings")
+        rope_name, _ = rotary_in(kwargs)
+        mask_name = mask_in(kwargs)
         everything = columns.shape[1] == self.width and valid is None and stream.whole
-        if isinstance(kwargs.get("position_ids"), Tensor) and not everything:
-            ids = kwargs["position_ids"]
-            kwargs["position_ids"] = take(ids, columns) if ids.ndim == 2 else ids[..., :0]
         entry = None
         if cache is not None:
             entry = ragged(cache, index, self.batch, self.device, self.mask2d)
@@ -411,32 +500,90 @@ class Pass:
                 unpadded = take(self.pad_BT, columns)
                 visible = unpadded if valid is None else unpadded & valid
             entry.extend(self.past + columns, visible, self.past + self.width)
+            entry.skipped |= stream.bypassed is not False or stream.bypassed_attention is not False
             if self.run.checks_cache:
                 self._check_cache(entry, index, columns, valid)
-        if full is not None:
-            if stream._compact:
-                rope = stream.rope()
-                assert rope is not None
-                if not torch.equal(columns, stream.index):
-                    at = torch.searchsorted(stream.index.contiguous(), columns.contiguous())
-                    rope = stream._rope_of(rope, at.clamp(max=stream.index.shape[1] - 1))
-                if entry is not None:
-                    ids = self.inputs.get("position_ids")
-                    entry.shift = self._gap(stream, ids)
-                kwargs["position_embeddings"] = rope
-            elif entry is not None and entry.shift is not None:
-                ids = kwargs.get("position_ids")
-                ids = self.past + columns if not isinstance(ids, Tensor) else ids
-                kwargs["position_embeddings"] = self.rotate(stream.hidden, ids - entry.shift[:, None])
-            elif not everything:
-                key = f"rope{id(full[0])}"
-                same = columns is stream._index
-                kwargs["position_embeddings"] = (
-                    stream._memo(key, lambda: tuple(take(x, columns) for x in full))
-                    if same
-                    else tuple(take(x, columns) for x in full)
-                )
-        kwargs["attention_mask"] = self._mask(stream, entry, kwargs.get("attention_mask"), columns, valid)
+        keys = None if entry is None or entry.complete else entry.columns
+        if keys is None and not everything and not self.past:
+            keys = columns
+        cut = Cut(columns, keys, self.past, self.width)
+        for name, value in kwargs.items():
+            if name == mask_name or (name == rope_name and self._turned(stream, entry)):
+                continue
+            if not everything or keys is not None:
+                kwargs[name] = self._memoised(stream, cut, name, value)
+        if rope_name is not None and stream._compact:
+            rope = stream.rope()
+            if not torch.equal(columns, stream.index):
+                at = torch.searchsorted(stream.index.contiguous(), columns.contiguous())
+                rope = stream._rope_of(rope, at.clamp(max=stream.index.shape[1] - 1))
+            if entry is not None:
+                entry.shift = self._gap(stream, self.inputs.get("position_ids"))
+            kwargs[rope_name] = rope
+        elif rope_name is not None and entry is not None and entry.shift is not None:
+            ids = self.inputs.get("position_ids")
+            ids = (
+                self.past + columns
+                if not isinstance(ids, Tensor)
+                else Cut(columns, None, self.past, self.width)("", ids)
+            )
+            kwargs[rope_name] = self.rotate(stream.hidden, ids - entry.shift[:, None])
+        if mask_name is not None:
+            kwargs[mask_name] = self._mask(stream, entry, kwargs[mask_name], columns, valid)
+
+    @staticmethod
+    def _turned(stream: Stream, entry: RaggedLayer | None) -> bool:
+        """Whether positions are renumbered and so not cut."""
+        return stream._compact or (entry is not None and entry.shift is not None)
+
+    @staticmethod
+    def _memoised(stream: Stream, cut: Cut, name: str, value: Any) -> Any:
+        """Layers are handed the same positions: cut once for as long as the same rows run."""
+        if cut.columns is not stream._index or not is_rotary(value):
+            return cut(name, value)
+        return stream._memo(f"rope{id(value[0] if isinstance(value, tuple) else value)}", lambda: cut(name, value))
+
+    def turns(self, index: int) -> bool:
+        """Whether layer `index` turns its keys by their positions; found by running two rows through it, once.
+
+        Raises:
+            Error: the keys that scores would be computed from are not those that the layer attends to.
+        """
+        if index not in self.executor.turned:
+            self.executor.turned[index] = self._probed(index)
+        return self.executor.turned[index]
+
+    def _probed(self, index: int) -> bool:
+        stream, layer = self.stream, self.view.layers[index]
+        assert stream is not None
+        ends = torch.tensor([0, stream.hidden.shape[1] - 1], device=self.device).expand(self.batch, -1)
+        rows, kwargs = take(stream.hidden, ends).detach(), self._alone(take(stream.index, ends))
+        held: Any = DynamicCache()
+        kwargs[self._cache_argument(self._forward)] = held
+        reading, self.reading = self.reading, True  # no method acts meanwhile
+        try:
+            with torch.no_grad(), _disable_current_modes():
+                self._called(self._forward, rows, kwargs)
+                found = next(entry.keys for entry in held.layers if entry.is_initialized)
+                rope = rotary_in(kwargs)[1]
+                for turned in (True, False) if rope is not None else (False,):
+                    gap = layer.keys(rows, rope if turned else None) - found
+                    if float(gap.abs().max()) <= 0.05 * float(found.abs().max()):
+                        return turned
+        finally:
+            self.reading = reading
+        raise Error(
+            f"layer {index}: attention scores for {type(layer.attention).__name__} would be wrong: the keys computed "
+            "from its norm, k_proj and position embedding are not those that it attends to"
+        )
+
+    def _alone(self, columns: Tensor) -> dict[str, Any]:
+        """What the layer is handed for these columns by themselves, without cache and mask."""
+        cut = Cut(columns, None, self.past, self.width)
+        kwargs = {name: cut(name, value) for name, value in self.kwargs.items()}
+        kwargs[self._cache_argument(self._forward)] = None
+        mask = mask_in(kwargs)
+        return kwargs if mask is None else {**kwargs, mask: None}
 
     def _check_cache(self, entry: RaggedLayer, index: int, columns: Tensor, valid: Tensor | None) -> None:
         """Every row that runs finds the keys of all unpadded columns before it."""
@@ -467,29 +614,39 @@ class Pass:
         return full - last
 
     def _mask(self, stream: Stream, entry: RaggedLayer | None, mask: Any, columns: Tensor, valid: Tensor | None) -> Any:
-        if self.past and entry is not None:
-            return self._native(entry.mask(self.past + columns), entry)
-        if mask is None or (columns.shape[1] == self.width and valid is None and stream.whole):
-            return (
-                mask  # causal order holds among the rows, and fill-up rows come last: the plain causal kernel is right
-            )
+        whole = columns.shape[1] == self.width and valid is None and stream.whole
+        if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and self.past):
+            if self.past and entry is not None:
+                return self._native(entry.mask(self.past + columns), entry)
+            if (
+                mask is None
+            ):  # causal order holds among the rows, fill-up rows come last: the plain causal kernel is right
+                return mask
         if not isinstance(mask, Tensor):
             raise Error(
                 f"attention_mask: {type(mask).__name__} cannot be cut to the alive rows; use sdpa, eager or flash"
             )
         if mask.ndim == 2:
-            here = take(mask, columns)
+            here = mask if whole else take(mask, columns)
             return here if valid is None else here * valid
-        rows = torch.arange(self.batch, device=mask.device)[:, None, None]
+        if whole and (entry is None or entry.complete):
+            return mask
         mask = mask.expand(self.batch, *mask.shape[1:])
-        cut = mask.transpose(1, 2)[rows, columns[:, :, None], :, columns[:, None, :]].permute(0, 3, 1, 2)
-        if valid is not None:  # fill-up columns are hidden; fill-up rows see something, so that no row is empty
-            hidden = ~valid[:, None, None, :] & valid[:, None, :, None]
-            if cut.dtype == torch.bool:
-                cut = (cut & ~hidden) | ~valid[:, None, :, None]
-            else:
-                cut = cut.masked_fill(hidden, torch.finfo(cut.dtype).min).masked_fill(~valid[:, None, :, None], 0)
-        return cut
+        first = self.past + self.width - mask.shape[-1]  # column of its first key: a window leaves older ones out
+        keys = columns if entry is None else entry.columns - first
+        seen = valid if entry is None else entry.visible
+        rows = torch.arange(self.batch, device=mask.device)[:, None, None]
+        cut = mask.transpose(1, 2)[rows, columns[:, :, None], :, keys.clamp(min=0)[:, None, :]].permute(0, 3, 1, 2)
+        hidden = None if seen is None else ~seen[:, None, None, :]
+        if first > 0:
+            beyond = (keys < 0)[:, None, None, :]
+            hidden = beyond if hidden is None else hidden | beyond
+        fill = None if valid is None else ~valid[:, None, :, None]  # rows that nobody reads: they see something, lest
+        if cut.dtype == torch.bool:  # softmax has nothing to share out
+            cut = cut if hidden is None else cut & ~hidden
+            return cut if fill is None else cut | fill
+        cut = cut if hidden is None else cut.masked_fill(hidden, torch.finfo(cut.dtype).min)
+        return cut if fill is None else cut.masked_fill(fill, 0)
 
     def _native(self, mask: Tensor | None, entry: RaggedLayer | None) -> Any:
         """A bool mask in the form the model's attention takes."""
@@ -548,6 +705,45 @@ class Pass:
                 cells.index.append(shown.cpu())
 
 
+class _Local(threading.local):
+    """What belongs to one thread: several may run one attached model."""
+
+    def __init__(self) -> None:
+        self.now: Pass | None = None
+        self.sublayer: tuple[Any, Any] | None = None
+        self.seen: dict[str, Any] = {}
+        self.logits: Any = None
+        self.generations: list[Generation] = []
+
+
+def _copied(*args: Any, **kwargs: Any) -> Any:
+    raise Error(
+        "model: this is a deepcopy made inside a `with sparing.attach(…)` block, which holds parts of the block and "
+        "not of the methods; copy the model before the block or behind it"
+    )
+
+
+class Hook:
+    """A hook of ours; in a deepcopy of the model it says what happened."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        return _copied
+
+
+class Replaced(Hook):
+    """A method of a module, replaced by `around(original, …)`."""
+
+    def __init__(self, original: Callable[..., Any], around: Callable[..., Any]) -> None:
+        super().__init__(functools.partial(around, original))
+        functools.update_wrapper(self, original)
+
+
 class Executor:
     """Installs the stream on a model and takes it off again without a trace.
 
@@ -557,117 +753,142 @@ class Executor:
     def __init__(self, view: View, run: Run) -> None:
         self.view = view
         self.run = run
-        self.now: Pass | None = None
-        self.sublayer: tuple[Any, Any] | None = None
-        self._seen: dict[str, Any] = {}
-        self._logits: Any = None
+        self.returns: int | None = None  # what layers give back: a tuple of so many, 0 for the state alone
+        self.turned: dict[int, bool] = {}  # whether a layer turns its keys by their positions
+        self._local = _Local()
+        self._lock = threading.RLock()
+        self._thread = threading.get_ident()
         self._weights: dict[int, tuple[float, float]] = {}
-        self._patched: list[nn.Module] = []
+        self._patched: list[tuple[nn.Module, str]] = []
         self._hooks: list[Any] = []
-        self._signature = inspect.signature(view.decoder.forward)
-        self._outer = inspect.signature(view.model.forward)
+
+    @property
+    def now(self) -> Pass | None:
+        """The pass that this thread is in."""
+        return self._local.now
+
+    @property
+    def sublayer(self) -> tuple[Any, Any] | None:
+        return self._local.sublayer
+
+    @sublayer.setter
+    def sublayer(self, rows: tuple[Any, Any] | None) -> None:
+        self._local.sublayer = rows
+
+    @property
+    def generation(self) -> Generation | None:
+        """The innermost call of `generate` that this thread is in."""
+        return self._local.generations[-1] if self._local.generations else None
 
     def install(self) -> None:
         model, decoder = self.view.model, self.view.decoder
         if model is not decoder:
-            self._hooks.append(model.register_forward_pre_hook(self._outside, with_kwargs=True))
-        self._hooks.append(decoder.register_forward_pre_hook(self._begin, with_kwargs=True))
-        self._hooks.append(decoder.register_forward_hook(self._end, always_call=True))
+            self._hooks.append(model.register_forward_pre_hook(Hook(self._outside), with_kwargs=True))
+        self._hooks.append(decoder.register_forward_pre_hook(Hook(self._begin), with_kwargs=True))
+        self._hooks.append(decoder.register_forward_hook(Hook(self._end), always_call=True))
+        if hasattr(model, "generate"):
+            self._patch(model, self._generate, "generate")
         wraps = any(m.defines("attend") or m.defines("feed_forward") for m in self.run.streams)
         for layer in self.view.layers:
             self._patch(layer.module, functools.partial(self._layer, layer.index))
             if wraps:
                 self.patch_sublayers(layer.index)
             if self.run.routers and layer.experts is not None:
-                self._hooks.append(layer.experts.router.register_forward_hook(self._routed))
+                self._hooks.append(layer.experts.router.register_forward_hook(Hook(self._routed)))
                 self._patch(layer.experts.module, functools.partial(self._experts, layer.index))
 
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        for module in self._patched:
-            module.__dict__.pop("forward", None)
+        for module, name in self._patched:
+            module.__dict__.pop(name, None)
         self._hooks.clear()
         self._patched.clear()
-        self._seen.clear()
-        self.now = self.sublayer = self._logits = None
+        self._local = _Local()
 
-    def _patch(self, module: nn.Module, around: Callable[..., Any]) -> None:
-        if "forward" in module.__dict__:
+    def _patch(self, module: nn.Module, around: Callable[..., Any], name: str = "forward") -> None:
+        if name in module.__dict__:
             raise Error(
-                f"{type(module).__name__}: its forward is replaced already (by another library, or a run not left yet)"
+                f"{type(module).__name__}: its {name} is replaced already (by another library, or a run not left yet)"
             )
-        original = module.forward
+        setattr(module, name, Replaced(getattr(module, name), around))
+        self._patched.append((module, name))
 
-        @functools.wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return around(original, *args, **kwargs)
-
-        module.forward = forward
-        self._patched.append(module)
+    def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._local.generations.append(Generation.of(generate, args, kwargs))
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            self._local.generations.pop()
 
     def _outside(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = self._outer.bind_partial(*args, **kwargs).arguments if args else kwargs
-        self._seen = {k: given[k] for k in ("input_ids", "labels") if given.get(k) is not None}
+        given = named(module.forward, args, kwargs)
+        self._local.seen = {k: given[k] for k in ("input_ids", "labels") if given.get(k) is not None}
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = self._signature.bind_partial(*args, **kwargs).arguments if args else kwargs
+        if self.run.trace.counter is not None and threading.get_ident() != self._thread:
+            raise Error("trace = True: FLOPs are counted in the thread that attached, and another one runs the model")
+        given = named(module.forward, args, kwargs)
         inputs = {k: given.get(k) for k in ("attention_mask", "position_ids", "input_ids")}
-        inputs.update({k: v for k, v in self._seen.items() if inputs.get(k) is None})
-        memory = self._look_ahead(module, args, kwargs, inputs)
-        self.now = Pass(self, inputs)
-        self.now.memory = memory
+        inputs.update({k: v for k, v in self._local.seen.items() if inputs.get(k) is None})
+        size = next((given[k] for k in ("inputs_embeds", "input_ids") if isinstance(given.get(k), Tensor)), None)
+        if size is None:
+            raise Error(
+                f"{type(module).__name__}: was handed neither input_ids nor inputs_embeds, but {', '.join(given)}"
+            )
+        work = Pass(self, inputs, cache_in(given)[1], size)
+        if work.columns.mixed and self.run.readers:
+            self._look_ahead(module, given, work, size)
+        self._local.now = work
 
-    def _look_ahead(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _look_ahead(self, module: nn.Module, given: dict[str, Any], work: Pass, size: Tensor) -> None:
         """What methods note of a prompt that shares its pass with generated tokens: read it in a pass of its own.
 
         Causal layers let the prompt see nothing behind it, so the rest of the columns may stay.
         """
-        given = dict(self._signature.bind_partial(*args, **kwargs).arguments)
-        given.update(given.pop("kwargs", {}))
         name, cache = cache_in(given)
-        columns = next(given[k].shape[1] for k in ("input_ids", "inputs_embeds") if given.get(k) is not None)
-        prompt = self.run.prompt
-        alone = prompt is None or (isinstance(prompt, int) and prompt >= columns)
-        if alone or not self.run.readers or (cache is not None and cache.get_seq_length()):
-            return {}
-        self.now = ahead = Pass(self, inputs)
-        ahead.reading = True
+        past = copy.deepcopy(cache) if work.past else None  # the pass itself is still to come
+        ahead = Pass(self, work.inputs, past, size)
+        ahead.reading, self._local.now = True, ahead
         with torch.no_grad():
-            module.forward(**{**given, **({name: None} if name else {}), "use_cache": False})
-        ahead.memory["read"] = True
-        return ahead.memory
+            module.forward(**{**given, **({name: past} if name else {}), "use_cache": past is not None})
+        work.memory.update(ahead.memory)
+        work.read = True
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        work, self.now = self.now, None
-        self._seen = {}
+        work, self._local.now = self._local.now, None
+        self._local.seen = {}
         if work is not None and work.cells is not None and len(work.cells.rows) == len(self.view):
             self.run.trace.cells.append(work.cells)
 
     def _layer(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.now is None:
-            return forward(*args, **kwargs)
+            raise Error(
+                f"layer {index}: runs outside a pass of its decoder while methods are attached, where they cannot act "
+                "(gradient checkpointing recomputes it so: turn that off)"
+            )
         return self.now.layer(index, forward, args, kwargs)
 
     # ---- experts, wrapped only where a routing method is attached
 
     def _routed(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._logits = output[0]
+        self._local.logits = output[0]
 
     def _experts(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.now is None or len(args) != 3:
             return forward(*args, **kwargs)
-        return self.now.route(index, forward, self._logits, args)
+        return self.now.route(index, forward, self._local.logits, args)
 
     # ---- sub-layers, wrapped only where a method asks for it
 
     def patch_sublayers(self, index: int) -> None:
         layer = self.view.layers[index]
         for which, module in enumerate((layer.attention, layer.mlp)):
-            if module is not None and module not in self._patched:
-                self._patch(module, functools.partial(self._sublayer, which, index))
+            if module is not None and (why := adds_residual(module)) is not None:
+                raise Error(f"layer {index} ({type(layer.module).__name__}) {why}")
+            with self._lock:
+                if module is not None and (module, "forward") not in self._patched:
+                    self._patch(module, functools.partial(self._sublayer, which, index))
 
     def weights(self, index: int) -> tuple[float, float]:
         """Shares of a layer's work in its attention and its MLP: weights that a token meets."""
@@ -687,8 +908,10 @@ class Executor:
         self.patch_sublayers(index)
         layer = self.view.layers[index]
         norm = layer.mlp_norm
-        if norm is not None and not isinstance(layer.norm, nn.Identity) and norm not in self._patched:
-            self._patch(norm, self._before_norm)
+        with self._lock:
+            watched = norm is None or isinstance(layer.norm, nn.Identity) or (norm, "forward") in self._patched
+            if norm is not None and not watched:
+                self._patch(norm, self._before_norm)
 
     def _before_norm(self, forward: Callable[..., Any], x: Tensor) -> Tensor:
         """Notes the state that enters an MLP behind its norm, unless attention and MLP run side by side."""

@@ -51,7 +51,7 @@ class _Adapting(Objective):
         from sparing.engine.attach import attach
 
         prompt_BT = (batch["labels"] != -100).cumsum(1) == 0
-        with attach(self.model, *self._methods, prompt=prompt_BT) as run:
+        with attach(self.model, *self._methods, prompt=prompt_BT, warn=False) as run:
             run.keeps_trace = False
             return self.model(**batch, use_cache=False).loss
 

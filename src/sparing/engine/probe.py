@@ -51,7 +51,7 @@ def probe(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> VisualPr
     notes: dict[int, list[tuple[Tensor, Tensor]]] = {}
     look = _Look()
     look.__dict__["notes"] = notes
-    with torch.inference_mode(), attach(model, look):
+    with torch.inference_mode(), attach(model, look, warn=False):
         for batch in batches:
             inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
             model(**inputs)

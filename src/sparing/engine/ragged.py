@@ -23,6 +23,7 @@ class RaggedLayer(DynamicLayer):
         seen: tokens the model has seen, T.
         sliding_window: of this layer, None for full attention.
         shift: (B,) how much smaller position ids are here after compact renumbering, None by default.
+        skipped: tokens went around the layer and left no keys, as against those that left the stream.
     """
 
     def __init__(self, origin: Any, seen: int, batch: int, device: torch.device, pad_BT: Tensor | None) -> None:
@@ -31,6 +32,8 @@ class RaggedLayer(DynamicLayer):
         self.sliding_window: int | None = getattr(origin, "sliding_window", None)
         self.is_sliding = bool(getattr(origin, "is_sliding", False))
         self.shift: Tensor | None = None
+        self.skipped = False
+        self._coming = 0
         held = origin.keys.shape[-2] if getattr(origin, "is_initialized", False) else 0
         if held:
             self.dtype, self.device = origin.keys.dtype, origin.keys.device
@@ -53,6 +56,39 @@ class RaggedLayer(DynamicLayer):
             self.visible = torch.cat([old, new], 1)
         self.columns = torch.cat([self.columns, columns_BR], 1)
         self.seen = seen
+        self._coming = columns_BR.shape[1]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every token seen is here, in order and at its own position."""
+        if self.columns.shape[1] != self.seen or self.shift is not None:
+            return False
+        return bool((self.columns == torch.arange(self.seen, device=self.columns.device)).all())
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values behind those held.
+
+        Raises:
+            Error: nobody announced them and older ones are missing: the cache is used outside of the block it was
+                filled in.
+        """
+        new, before = key_states.shape[-2], self.seen
+        if new == self._coming:
+            self._coming = 0
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.complete:
+            raise Error(
+                f"KV cache: was filled while methods were attached, and this layer holds {self.columns.shape[1]} of "
+                f"{self.seen} tokens: outside of the block others would attend without the rest; go on inside the "
+                "`with sparing.attach(…)` block, or start with a new cache"
+            )
+        columns = torch.arange(before, before + new, device=key_states.device).expand(len(key_states), -1)
+        self.extend(columns, None, before + new)
+        self._coming = 0
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        first = self.get_mask_sizes(0)[1] if not before else max(0, before - (self.sliding_window or before) + 1)
+        first = first if self.is_sliding else 0
+        return keys[..., first:, :], values[..., first:, :]
 
     def free(self) -> None:
         """Give the memory back; the layer is not read any more."""
@@ -118,12 +154,17 @@ class RaggedLayer(DynamicLayer):
         self.shift = None
 
 
+def is_dynamic(entry: Any) -> bool:
+    """Whether a cache layer holds keys and values that grow by the token, and nothing else."""
+    return isinstance(entry, RaggedLayer) or type(entry) in (DynamicLayer, DynamicSlidingWindowLayer)
+
+
 def check_dynamic(entry: Any) -> None:
     """Refuse cache layers of a fixed layout."""
-    if not isinstance(entry, RaggedLayer) and type(entry) not in (DynamicLayer, DynamicSlidingWindowLayer):
+    if not is_dynamic(entry):
         raise Error(
-            f"past_key_values: {type(entry).__name__} has a fixed layout; a stream whose layers hold different tokens "
-            "needs a DynamicCache (the default of generate)"
+            f"KV cache: {type(entry).__name__} has a fixed layout; a stream whose layers hold different tokens needs a "
+            "DynamicCache (the default of generate)"
         )
 
 

@@ -42,7 +42,7 @@ class Routing:
         weight: (N, K) their gates, as the layer uses them.
         experts: E.
         layer: 0-based.
-        phase: "prefill" (no past) or "decode".
+        phase: "decode" where all columns are generated and the prompt is in a cache, else "prefill".
     """
 
     def __init__(

@@ -35,7 +35,7 @@ def saturation(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], rows: 
     looking = _Looking()
     found: list[Tensor] = []
     device = next(model.parameters()).device
-    with evaluating(model), attach(model, looking) as run:
+    with evaluating(model), attach(model, looking, warn=False) as run:
         run.keeps_trace = False
         for batch in batches:
             inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}

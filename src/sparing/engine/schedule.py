@@ -86,6 +86,9 @@ class ScheduledTokens(StreamMethod):
     def shares(self, shape: Shape) -> tuple[float, ...]:
         return full(self.schedule, shape.layers)
 
+    def asks_all(self, shape: Shape) -> bool:
+        return all(share == 1 for share in self.schedule)
+
     def before_layer(self, stream: Stream, layer: int) -> None:
         follow(stream, layer, full(self.schedule, stream.layers), self.choose)
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
+from sparing.engine.calls import rotary_in
+from sparing.engine.ragged import RaggedLayer, is_dynamic
 from sparing.engine.view import View
-from sparing.grid.method import Error, Method, Shape
+from sparing.grid.method import Error, Method, Shape, model_check
 from sparing.grid.score import attention_rows
 
 if TYPE_CHECKING:
@@ -34,6 +37,10 @@ class StreamMethod(Method):
       comes back goes where the module's output goes. `layer` is a `LayerView`.
     """
 
+    #: It ranks the tokens of a prompt against each other, or by its end: it takes no prompt that comes in parts. Holds
+    #: for methods on visual tokens without being said, where the part has any.
+    whole_prompt: ClassVar[bool] = False
+
     def before_layer(self, stream: Stream, layer: int) -> None:
         """Drop, hold, release, merge, bypass or exit tokens of `stream` before layer `layer` (0-based) runs."""
         raise Error(f"{type(self).__name__} defines no before_layer")
@@ -49,6 +56,24 @@ class StreamMethod(Method):
 
     def mirrored(self, shape: Shape) -> dict[str, Any]:
         return {"schedule": self.shares(shape)}
+
+
+@model_check
+def _skippable(method: Method, model: nn.Module) -> None:
+    """Refuses layers that a token cannot be kept out of: they hand a state on, or keep keys that others read."""
+    if not isinstance(method, StreamMethod):
+        return
+    view = View(model)
+    entries = DynamicCache(config=view.config).layers
+    kinds = {i: type(entry).__name__ for i, entry in enumerate(entries) if i < len(view) and not is_dynamic(entry)}
+    if entries:
+        kinds |= {i: "no entry of its own" for i in range(len(entries), len(view))}
+    if kinds:
+        layers = ", ".join(f"{i} ({type(view.layers[i].module).__name__}: {kind})" for i, kind in kinds.items())
+        raise Error(
+            f"method = {method.name!r}: works on layers that tokens can be kept out of, each with keys and values of "
+            f"its own; {type(model).__name__} has others, which hand on a state or share a cache: {layers}"
+        )
 
 
 def pack(keep_BN: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -88,7 +113,7 @@ class Stream:
         valid: (B, N) bool; False rows only fill up a batch of unequal counts. None if there are none.
         layers: L.
         layer: the coming layer.
-        phase: "prefill" (no past) or "decode".
+        phase: "decode" where all columns are generated and the prompt is in a cache, else "prefill".
     """
 
     def __init__(self, work: Pass, view: View, hidden_BTD: Tensor) -> None:
@@ -176,7 +201,7 @@ class Stream:
     @property
     def common_step(self) -> int | None:
         """`step` where it is one number for all rows, as in plain generation; None in any other pass."""
-        start = self._work.memory["start"]
+        start = self._work.columns.start
         return (
             self._work.past - start if self.phase == "decode" and self.width == 1 and isinstance(start, int) else None
         )
@@ -246,9 +271,24 @@ class Stream:
     def _rows(self, queries: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self._memo("query_slots", lambda: pack(self.queries)) if queries is None else pack(queries)
 
+    def _past(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Keys (B, G, P, d) that a layer's cache holds, their columns (B, P) and which are visible; None if none."""
+        cache, past = self._work.cache, self._work.past
+        entry: Any = cache.layers[layer] if past and cache is not None and layer < len(cache.layers) else None
+        if entry is None or not entry.is_initialized or not entry.keys.shape[-2]:
+            return None
+        if isinstance(entry, RaggedLayer):
+            return entry.keys, entry.columns, entry.visible  # type: ignore[return-value]
+        first = past - entry.keys.shape[-2]
+        columns = torch.arange(first, past, device=entry.keys.device).expand(self.batch, -1)
+        mask = self._work.mask2d
+        return entry.keys, columns, None if mask is None else mask[:, first:past]
+
     def _visible(self, slot_BQ: Tensor, valid_BQ: Tensor | None) -> Tensor | None:
-        """Keys each query row may see, (B, Q, N): causal, unpadded, inside the layer's window; None for all."""
+        """Keys each query row may see, those in the cache first, (B, Q, P + N): causal, unpadded, inside the layer's
+        window; None for all."""
         window = self._view.layers[self.layer].sliding
+        past = self._past(self.layer)
         index, pad = self.index, self._work.pad_BT
         at = take(index, slot_BQ)
         if (
@@ -258,15 +298,24 @@ class Stream:
             and window is None
             and slot_BQ.shape[1] == 1
             and self._work.last_column
+            and (past is None or past[2] is None)
         ):
             return None
-        seen = index[:, None, :] <= at[:, :, None]
+        if past is None:
+            keys = index
+        else:
+            keys, at = torch.cat([past[1], self._work.past + index], 1), at + self._work.past
+        seen = keys[:, None, :] <= at[:, :, None]
         if window is not None:
-            seen = seen & (index[:, None, :] > at[:, :, None] - window)
-        if pad is not None:
-            seen = seen & self._pick(pad)[:, None, :]
+            seen = seen & (keys[:, None, :] > at[:, :, None] - window)
+        here = None if pad is None else self._pick(pad)
         if self.valid is not None:
-            seen = seen & self.valid[:, None, :]
+            here = self.valid if here is None else here & self.valid
+        if past is not None and (here is not None or past[2] is not None):
+            new = torch.ones_like(index, dtype=torch.bool) if here is None else here
+            here = torch.cat([torch.ones_like(past[1], dtype=torch.bool) if past[2] is None else past[2], new], 1)
+        if here is not None:
+            seen = seen & here[:, None, :]
         return seen if valid_BQ is None else seen & valid_BQ[:, :, None]
 
     def _mean(self, rows_BHQN: Tensor, valid_BQ: Tensor | None) -> Tensor:
@@ -276,7 +325,9 @@ class Stream:
         return per_query.sum(1) / valid_BQ.sum(1, keepdim=True).clamp(min=1)
 
     def attention_rows(self, queries: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Rows of the coming layer's attention over all alive rows, (B, H, Q, N) float32, and their validity (B, Q).
+        """Rows of the coming layer's attention at all alive rows, (B, H, Q, N) float32, and their validity (B, Q).
+
+        What a KV cache holds has its part of the softmax and no column.
 
         Args:
             queries: bool (B, N) of the asking rows; default `self.queries`.
@@ -284,10 +335,13 @@ class Stream:
         slot, valid = self._rows(queries)
         layer = self._view.layers[self.layer]
         hidden = self.hidden.detach()
-        rope = self.rope()
+        rope = self._turning()
         query = layer.queries(take(hidden, slot), self._rope_of(rope, slot))
         keys = layer.keys(hidden, rope)
-        return attention_rows(query, keys, layer.scale, self._visible(slot, valid), layer.softcap), valid
+        past = self._past(self.layer)
+        keys = keys if past is None else torch.cat([past[0], keys], 2)
+        rows = attention_rows(query, keys, layer.scale, self._visible(slot, valid), layer.softcap)
+        return rows[..., -self.hidden.shape[1] :], valid
 
     def received(self, queries: Tensor | None = None) -> Tensor:
         """Attention that alive visual tokens would get in the coming layer, (B, V) float32, -inf for padding.
@@ -306,7 +360,7 @@ class Stream:
         Uses the keys that the layer computes anyway, so it costs a query row and one row of attention.
         """
         slot, valid = self._rows(queries)
-        query = self._view.layers[self.layer].queries(take(self.hidden, slot), self._rope_of(self.rope(), slot))
+        query = self._view.layers[self.layer].queries(take(self.hidden, slot), self._rope_of(self._turning(), slot))
         self._watch = (query, valid, self._visible(slot, valid))
         self._watched = None
 
@@ -320,25 +374,32 @@ class Stream:
             raise Error("watched: the layer before this one was not watched, or tokens came or left since")
         (query, valid, visible), keys = self._watched
         layer = self._view.layers[self.layer - 1]
-        return self.of_visual(self._mean(attention_rows(query, keys, layer.scale, visible, layer.softcap), valid))
+        rows = attention_rows(query, keys, layer.scale, visible, layer.softcap)[..., -self.hidden.shape[1] :]
+        return self.of_visual(self._mean(rows, valid))
 
     # ---- positions
 
-    def _rope_full(self) -> tuple[Tensor, Tensor] | None:
-        return self._work.kwargs.get("position_embeddings")
+    def _rope_full(self) -> Any:
+        return rotary_in(self._work.kwargs)[1]
 
-    def rope(self) -> tuple[Tensor, Tensor] | None:
+    def rope(self) -> Any:
         """(cos, sin) of the alive rows in the coming layer: their original positions unless `compact` was asked."""
         full = self._rope_full()
         if full is None or (self.whole and not self._compact):
             return full
-        key = f"rope{id(full[0])}"
+        key = f"rope{id(full[0] if isinstance(full, tuple) else full)}"
         if self._compact:
             return self._memo(key, lambda: self._work.rotate(self.hidden, self.compact_ids()))
-        return self._memo(key, lambda: tuple(take(x, self.index) for x in full))
+        return self._memo(key, lambda: self._rope_of(full, self.index))
 
-    def _rope_of(self, rope: tuple[Tensor, Tensor] | None, slot_BQ: Tensor) -> tuple[Tensor, Tensor] | None:
-        return None if rope is None else (take(rope[0], slot_BQ), take(rope[1], slot_BQ))
+    def _turning(self) -> Any:
+        """(cos, sin) that the coming layer turns queries and keys by; None where it does not."""
+        return self.rope() if self._work.turns(self.layer) else None
+
+    def _rope_of(self, rope: Any, slot_BQ: Tensor) -> Any:
+        if rope is None:
+            return None
+        return tuple(take(x, slot_BQ) for x in rope) if isinstance(rope, tuple) else take(rope, slot_BQ)
 
     def compact_ids(self) -> Tensor:
         """(B, N) position ids renumbered without gaps over unpadded alive rows."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparing.engine.calls import cache_in
 from sparing.engine.routing import EXPERT_COUNTS, check_kept, cut_experts, restricted
-from sparing.engine.view import LayerView, View, heads_a_group
+from sparing.engine.view import LayerView, View, adds_residual, heads_a_group
 from sparing.grid.method import Error, Method
 
 SECTION = "sparing"  # of config.json
@@ -42,12 +42,22 @@ class LayerCut:
     attention_bias: Tensor | None = None
     mlp_bias: Tensor | None = None
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is cut."""
+        return self.attention and self.mlp and self.groups is None and self.neurons is None and self.experts is None
+
 
 @dataclass(frozen=True)
 class Plan:
     """What stays of a model: one LayerCut a layer, None where the whole layer goes."""
 
     layers: tuple[LayerCut | None, ...]
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is cut."""
+        return all(cut is not None and cut.keeps_all for cut in self.layers)
 
 
 @dataclass(frozen=True)
@@ -137,6 +147,12 @@ def _checked(model: nn.Module, plan: Plan) -> View:
     if all(cut is None for cut in plan.layers):
         raise Error("plan: no layer is left")
     for layer, cut in zip(view.layers, plan.layers, strict=True):
+        for part, gone in (
+            (layer.attention, cut is not None and not cut.attention),
+            (layer.mlp, cut is not None and not cut.mlp),
+        ):
+            if gone and part is not None and (why := adds_residual(part)) is not None:
+                raise Error(f"plan: layer {layer.index} of {type(model).__name__} {why}")
         if cut is not None and cut.attention and cut.groups is not None:
             _fits(layer, "groups", cut.groups, layer.groups)
             if 0 < cut.groups.numel() < layer.groups:
@@ -219,7 +235,9 @@ class NoAttention(nn.Module):
         self.o_proj = Absent(hidden, bias)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        _, cache = cache_in({**dict(enumerate(args)), **kwargs})  # by value: modelling files name it differently
+        _, cache = cache_in(
+            {**{str(i): arg for i, arg in enumerate(args)}, **kwargs}
+        )  # by value: modelling files name it differently
         if cache is not None:
             token_B1T1 = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
             cache.update(token_B1T1, token_B1T1, self.layer_idx)

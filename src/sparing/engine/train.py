@@ -287,7 +287,7 @@ class _Finetuning(Objective):
         from sparing.engine.attach import attach
 
         prompt = (batch["labels"] != -100).cumsum(1) == 0 if self._splits else None
-        with attach(self.model, self._method, prompt=prompt) as run:
+        with attach(self.model, self._method, prompt=prompt, warn=False) as run:
             run.keeps_trace = False
             return self.model(**batch, use_cache=False).loss
 

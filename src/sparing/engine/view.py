@@ -12,10 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparing.engine.calls import parameters
 from sparing.grid.method import Error, Method, Shape, model_check
 
 _MLP_NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm", "ffn_norm", "ln_2", "norm2")
 _ATTENTION_NORMS = ("input_layernorm", "self_attn_layer_norm", "ln_1", "attention_norm", "norm1")
+
+
+_STACKS = ("layers", "h", "blocks")
+_ATTENTIONS = ("self_attn", "attention", "attn", "self_attention")
+_MLPS = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
+
+
+def _stack(module: nn.Module) -> nn.ModuleList | None:
+    """The decoder layers of a module that holds them itself."""
+    found = (getattr(module, name, None) for name in _STACKS)
+    return next((stack for stack in found if isinstance(stack, nn.ModuleList) and len(stack)), None)
 
 
 def _child(module: nn.Module, *names: str) -> nn.Module | None:
@@ -116,7 +128,8 @@ class LayerView:
         for name in ("gate", "router"):
             router: Any = _child(self.mlp, name)  # type: ignore[arg-type]
             weight, k = getattr(router, "weight", None), getattr(router, "top_k", None)
-            if isinstance(weight, Tensor) and isinstance(k, int):
+            called = [name for name, p in parameters(module.forward).items() if p.kind == p.POSITIONAL_OR_KEYWORD]
+            if isinstance(weight, Tensor) and isinstance(k, int) and len(called) >= 3:  # (hidden, indices, gates)
                 groups, chosen = (getattr(router, key, None) or 1 for key in ("num_group", "topk_group"))
                 return Experts(self.mlp, router, name, module, len(weight), k, groups, chosen)  # type: ignore[arg-type]
         return None
@@ -169,8 +182,12 @@ class LayerView:
             raise Error(
                 f"{type(self.attention).__name__}: attention scores need its module's apply_rotary_pos_emb, not found"
             )
+        if not isinstance(rope, tuple):
+            raise Error(f"{type(self.attention).__name__}: attention scores need positions as (cos, sin)")
+        turned = x_BHNd[..., : rope[0].shape[-1]]  # partial rotary embeddings turn the first channels only
         # The function turns a pair; an empty second tensor makes the other half free.
-        return self._rotary(x_BHNd, x_BHNd[:, :0], *rope)[0]
+        turned = self._rotary(turned, turned[:, :0], *rope)[0]
+        return torch.cat([turned, x_BHNd[..., turned.shape[-1] :]], -1) if turned.shape != x_BHNd.shape else turned
 
     def queries(self, hidden_BQD: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
         """Queries of a few rows of the layer's input, after norm, projection and position embedding: (B, H, Q, d)."""
@@ -208,15 +225,23 @@ def _plain_mlp(layer: LayerView) -> str | None:
 
 
 def _own_mlp(layer: LayerView) -> str | None:
-    return None if layer.mlp is not None else "has no MLP module of its own (mlp, feed_forward, block_sparse_moe)"
+    if layer.mlp is None:
+        return f"has no MLP module of its own ({', '.join(_MLPS)})"
+    return adds_residual(layer.mlp)
+
+
+def adds_residual(module: nn.Module) -> str | None:
+    """What keeps a sub-layer from being left out by itself: it adds what it is handed of the residual stream inside."""
+    if "residual" in parameters(module.forward):
+        return f"adds the residual inside its {type(module).__name__}, so that it cannot be left out by itself"
+    return None
 
 
 def _scores(layer: LayerView) -> str | None:
-    return (
-        None
-        if layer.groups
-        else "projects queries and keys by no matrices of their own (q_proj and k_proj, or qkv_proj)"
-    )
+    if not layer.groups:
+        return "projects queries and keys by no matrices of their own (q_proj and k_proj, or qkv_proj)"
+    turns = layer.attention is not None and any("position_embedding" in n for n in parameters(layer.attention.forward))
+    return "turns queries and keys by no apply_rotary_pos_emb of its module" if turns and not layer._rotary else None
 
 
 #: Parts that methods may require of every layer -> what says that a layer lacks it.
@@ -246,25 +271,28 @@ class View:
             found = found.get_decoder() if hasattr(found, "get_decoder") else found
         if not isinstance(found, nn.Module):
             raise Error(f"{type(model).__name__}: get_decoder() found no decoder")
+        if _stack(found) is None:  # Llama 4's text model gives itself for its decoder
+            inside = [child for child in found.children() if _stack(child) is not None]
+            return inside[0] if len(inside) == 1 else found
         return found
 
     @staticmethod
     def _find_stack(decoder: nn.Module) -> nn.ModuleList:
-        for name in ("layers", "h", "blocks"):
-            stack = getattr(decoder, name, None)
-            if isinstance(stack, nn.ModuleList) and len(stack):
-                return stack
-        raise Error(
-            f"{type(decoder).__name__}: no decoder layers found (looked for a ModuleList named layers, h or blocks)"
-        )
+        stack = _stack(decoder)
+        if stack is None:
+            raise Error(
+                f"{type(decoder).__name__}: no decoder layers found (looked for a ModuleList named "
+                f"{', '.join(_STACKS[:-1])} or {_STACKS[-1]})"
+            )
+        return stack
 
     def _layer(self, index: int, module: nn.Module) -> LayerView:
-        attention = _child(module, "self_attn", "attention", "attn")
-        mlp = _child(module, "mlp", "feed_forward", "block_sparse_moe")
+        attention = _child(module, *_ATTENTIONS)
+        mlp = _child(module, *_MLPS)
         if attention is None and mlp is None:
             raise Error(
-                f"layer {index} ({type(module).__name__}): neither attention (self_attn, attention, attn) nor MLP "
-                "(mlp, feed_forward, block_sparse_moe) found"
+                f"layer {index} ({type(module).__name__}): neither attention ({', '.join(_ATTENTIONS)}) nor MLP "
+                f"({', '.join(_MLPS)}) found"
             )
         names = ("v_head_dim", "head_dim", "head_size")  # latent attention gives out heads of v_head_dim
         head_dim = next((d for d in (getattr(attention, name, None) for name in names) if d), None)

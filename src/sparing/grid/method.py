@@ -260,6 +260,18 @@ class Method:
         """
         raise BudgetError(f"{self.name} has no budget to set")
 
+    def asks_all(self, shape: Shape) -> bool:
+        """Whether the budget is the full one, so that leaving nothing out is what was asked for.
+
+        A method without a budget is asked for nothing.
+        """
+        if type(self).at is Method.at:
+            return True
+        try:
+            return self.at(1.0, shape) == self
+        except Error:  # the full budget is out of its reach
+            return False
+
     def control(self, kind: str, shape: Shape, seed: int = 0) -> Method:
         """The control that spends exactly what this method spends but chooses by `kind` ("random", "uniform", …)."""
         if kind not in self.card.controls:

@@ -96,7 +96,7 @@ class Cells:
     """One forward pass through the decoder.
 
     Attributes:
-        phase: "prefill" (no past) or "decode".
+        phase: "decode" where all columns are generated and the prompt is in a cache, else "prefill".
         tokens: token columns of the pass, B * T.
         visual: visual tokens among them.
         rows: per layer, token rows that ran it (padding of unequal batches included: it is executed). Rows that skipped
@@ -106,6 +106,7 @@ class Cells:
         all_pairs: per layer, pairs that the router chose.
         index: per layer, original column of each row that ran, (B, N), -1 for padding; only when asked for.
         batch: B.
+        generated: of `tokens`, those that are generated; all of them in a pass of phase "decode".
     """
 
     phase: str
@@ -117,6 +118,7 @@ class Cells:
     index: list[Tensor | None] = field(default_factory=list)
     pairs: list[int] = field(default_factory=list)
     all_pairs: list[int] = field(default_factory=list)
+    generated: int = 0
 
 
 @dataclass

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from sparing.bench.timing import peak_memory
 from sparing.engine.attach import attach
@@ -29,6 +30,7 @@ from sparing.engine.view import View
 from sparing.grid.method import Card, Error, Method
 from sparing.grid.trace import count
 from sparing.testing.models import IMAGE, VISION, VOCAB, single
+from sparing.testing.situations import SITUATIONS, Differs, outcome
 from sparing.testing.suite import KEEP, Subject, check, expect
 
 _CLOSE = {"rtol": 2e-4, "atol": 2e-4}
@@ -44,7 +46,14 @@ def _trains(card: Card) -> bool:
 
 def _logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
-        return model(**batch).logits
+        return model(**_placed(model, batch)).logits
+
+
+def _placed(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With positions where the model would count padding; `generate` hands them over too."""
+    if model.config.model_type != "gpt2":
+        return batch
+    return {**batch, "position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)}
 
 
 def _generate(model: Any, batch: dict[str, Tensor], tokens: int = 4, **options: Any) -> Any:
@@ -168,7 +177,7 @@ class _Work:
         for layer in View(model).layers:
             experts = layer.experts
             for module in layer.module.modules():
-                if isinstance(module, nn.Linear):
+                if isinstance(module, (nn.Linear, Conv1D)):
                     handles.append(module.register_forward_pre_hook(work._linear))
             if experts is not None:
                 handles.append(experts.module.register_forward_pre_hook(work._experts))
@@ -180,7 +189,7 @@ class _Work:
         return work
 
     def _linear(self, module: Any, args: tuple[Tensor, ...]) -> None:
-        self.products += args[0].numel() * module.out_features
+        self.products += args[0].shape[:-1].numel() * module.weight.numel()
 
     def _experts(self, module: Any, args: tuple[Tensor, ...]) -> None:
         each = sum(w[0].numel() for w in module.parameters(recurse=False))
@@ -194,7 +203,7 @@ def _batch(s: Subject, lengths: tuple[int, ...], side: str) -> None:
     batch = s.prompt(lengths, side=side)
     with s.attach(s.at("cut")) as run, torch.no_grad():
         run.prompt = _prompt_columns(batch, 2)
-        together = s.model(**batch).logits
+        together = s.model(**_placed(s.model, batch)).logits
         for row in range(len(lengths)):
             alone = single(s.architecture, batch, row)
             run.prompt = alone["input_ids"].shape[1] - 2
@@ -261,6 +270,18 @@ def cache_greedy(s: Subject) -> None:
 def cache_beams(s: Subject) -> None:
     """… also where beams are reordered on the way."""
     _cached(s, 3)
+
+
+@check("situations", lambda card: card.kind == "stream")
+def situations(s: Subject) -> None:
+    """Chunks, a kept prefix, a second turn, no cache, drafts: as plain cached generation, or refused in words."""
+    method = s.at("cut")
+    for name in SITUATIONS:
+        try:
+            said = outcome(name, s.model, method, s.architecture)
+        except Differs as other:
+            expect(False, f"{name}: {other}")
+        expect(said == "equal" or len(said.split()) > 8, f"{name}: the refusal says too little: {said}")
 
 
 # --------------------------------------------------------------------------- nothing is left behind
@@ -444,7 +465,7 @@ def memory(s: Subject) -> None:
     """Peak memory grows by no T x T matrix, not even of bools."""
     T = 1024
     s.model.config.get_text_config().max_position_embeddings = 2 * T
-    if s.architecture == "opt":  # learned positions: as many as the table has
+    if s.architecture in ("opt", "gpt2", "gptj"):  # as many positions as their table has
         T = 200
     batch = s.prompt((T,), side="none")
     method = s.at("cut")
@@ -516,7 +537,7 @@ def save_load(s: Subject) -> None:
         folder = Path(place)
         method.save(folder / "method")
         s.model.save_pretrained(folder / "model")
-        save_file(batch, folder / "batch.safetensors")
+        save_file(_placed(s.model, batch), folder / "batch.safetensors")
         own = {"module": s.method.__module__, "name": s.method.__qualname__}
         _fresh().ask(folder=place, model="model", method="method", **own)
         # not bitwise: a loaded tensor may lie elsewhere, and some kernels round by alignment

@@ -14,8 +14,11 @@ LAYERS = 6
 VOCAB = 120
 IMAGE = 118  # token id of one visual token
 VISUAL = 16  # visual tokens of one image, a 4 x 4 grid
-DENSE = ("llama", "qwen2", "qwen3", "gemma3", "mistral", "phi3", "gpt-neox", "opt")
-MOE = ("qwen3-moe", "olmoe", "mixtral", "deepseek-v3")
+DENSE = (
+    *("llama", "qwen2", "qwen3", "gemma3", "mistral", "phi3", "gpt-neox", "opt"),
+    *("falcon", "gptj", "bloom", "gpt2", "phi", "olmo2", "cohere2", "llama4"),
+)
+MOE = ("qwen3-moe", "olmoe", "mixtral", "deepseek-v3", "deepseek-v2", "gpt-oss")
 TEXT = (*DENSE, *MOE)
 VISION = ("llava", "qwen2.5-vl")
 ARCHITECTURES = (*TEXT, *VISION)
@@ -34,6 +37,9 @@ _SIZES: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 
+_TOKENS = {k: _SIZES[k] for k in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
+_OLD = {**_TOKENS, "num_attention_heads": 4}
+_GPT = {**_TOKENS, "n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 256}
 _EXPERTS: dict[str, Any] = {"num_experts": EXPERTS, "num_experts_per_tok": TOP_K}
 
 
@@ -65,6 +71,50 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> transformers.PreTrai
     elif name == "opt":
         model = hf.OPTForCausalLM(
             hf.OPTConfig(**_without("intermediate_size", "num_key_value_heads"), ffn_dim=48, word_embed_proj_dim=32)
+        )
+    elif name == "falcon":  # tuples; rotary
+        model = hf.FalconForCausalLM(hf.FalconConfig(**_OLD, hidden_size=32, num_hidden_layers=LAYERS))
+    elif name == "gptj":
+        model = hf.GPTJForCausalLM(hf.GPTJConfig(**_GPT, rotary_dim=4))
+    elif name == "bloom":  # tuples; ALiBi; sub-layers add the residual themselves
+        model = hf.BloomForCausalLM(hf.BloomConfig(**_OLD, hidden_size=32, n_layer=LAYERS))
+    elif name == "gpt2":  # Conv1D; learned positions
+        model = hf.GPT2LMHeadModel(hf.GPT2Config(**_GPT))
+    elif name == "phi":  # partial rotary; attention and MLP side by side
+        model = hf.PhiForCausalLM(hf.PhiConfig(**_SIZES, partial_rotary_factor=0.5))
+    elif name == "olmo2":  # norms over all heads together; norms behind sub-layers
+        model = hf.Olmo2ForCausalLM(hf.Olmo2Config(**_SIZES))
+    elif name == "cohere2":  # interleaved rotary, none in every third layer
+        kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+        model = hf.Cohere2ForCausalLM(hf.Cohere2Config(**_SIZES, sliding_window=8, layer_types=kinds))
+    elif name == "deepseek-v2":  # one complex rotary tensor; latent attention
+        model = hf.DeepseekV2ForCausalLM(
+            hf.DeepseekV2Config(
+                **{**_SIZES, "num_key_value_heads": 4},
+                moe_intermediate_size=24,
+                n_routed_experts=EXPERTS,
+                num_experts_per_tok=TOP_K,
+                n_shared_experts=1,
+                first_k_dense_replace=1,
+                q_lora_rank=16,
+                kv_lora_rank=16,
+                qk_nope_head_dim=8,
+                qk_rope_head_dim=8,
+                v_head_dim=8,
+                n_group=1,
+                topk_group=1,
+                topk_method="greedy",
+            )
+        )
+    elif name == "gpt-oss":  # attention sinks, one number a head
+        sizes = {"num_local_experts": EXPERTS, "num_experts_per_tok": TOP_K, "sliding_window": 8}
+        model = hf.GptOssForCausalLM(hf.GptOssConfig(**_SIZES, head_dim=16, **sizes))
+    elif (
+        name == "llama4"
+    ):  # chunked attention; no positions in every fourth layer; a dense layer before each of experts
+        sizes = {"num_local_experts": EXPERTS, "num_experts_per_tok": 1, "intermediate_size_mlp": 48}
+        model = hf.Llama4ForCausalLM(
+            hf.Llama4TextConfig(**_SIZES, **sizes, head_dim=8, attention_chunk_size=8, interleave_moe_layer_step=2)
         )
     elif name == "qwen3-moe":
         model = hf.Qwen3MoeForCausalLM(
