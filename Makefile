@@ -12,12 +12,13 @@ SCENES ?= 150
 WINDOWS ?= 16
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow lint format docs contrast breakeven efficiency depth-width search clean
+.PHONY: demo test test-slow test-newest test-oldest lock lint format docs contrast breakeven efficiency depth-width search clean
 
-$(VENV)/.ready: pyproject.toml
+# Exact versions, so that the two commands work on any later day.
+$(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
 # The main job on the embedded models. Finished rows are kept: a second call recomputes nothing.
@@ -33,6 +34,32 @@ test: $(VENV)/.ready
 
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow -n auto $(ARGS)
+
+# The short list of tests/test_versions.py in an environment of its own: what the ranges of pyproject.toml admit, newest
+# and oldest, installed as a user would install it.
+test-newest:
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet "$(TORCH)"
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager "$(TORCH)" ".[test]"
+	.venv-newest/bin/python -m pip install --quiet --force-reinstall --no-deps .
+	.venv-newest/bin/python -m pip list 2>/dev/null | grep -iE "^(torch|transformers|accelerate|numpy) "
+	.venv-newest/bin/python -m pytest -n auto tests/test_versions.py $(ARGS)
+
+test-oldest:
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	$(PYTHON) tools/lock.py oldest | grep -v "^torch==" > .venv-oldest/oldest.txt
+	.venv-oldest/bin/python -m pip install --quiet "$(TORCH)"
+	.venv-oldest/bin/python -m pip install --quiet -r .venv-oldest/oldest.txt
+	.venv-oldest/bin/python -m pip install --quiet --force-reinstall --no-deps .
+	.venv-oldest/bin/python -m pytest -n auto tests/test_versions.py $(ARGS)
+
+# constraints.txt anew: the newest versions that the ranges admit today. Run `make test` before committing it.
+lock:
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet "$(TORCH)"
+	.venv-lock/bin/python -m pip install --quiet -e ".[dev]"
+	$(PYTHON) tools/lock.py freeze .venv-lock/bin/python > constraints.new && mv constraints.new constraints.txt
+	rm -rf .venv-lock
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -82,4 +109,4 @@ search: $(VENV)/.ready
 	$(BIN)/python benchmarks/search_lab.py out/search/both out/search/depth
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) .venv-newest .venv-oldest out

@@ -78,7 +78,7 @@ def kept_sets(model: PreTrainedModel, method: First, batch: dict[str, Tensor]) -
 
 def soft_logits(model: PreTrainedModel, state: dict[str, Tensor], ids: Tensor, answer_from: int) -> Tensor:
     soft = _Soft(state["router.weight"], state["router.bias"], {})
-    with sparing.attach(model, soft, prompt=answer_from):
+    with sparing.attach(model, soft, prompt=answer_from, warn=False):
         return model(ids, use_cache=False).logits
 
 

@@ -58,6 +58,10 @@ def reference(model: Any, batch: dict[str, Tensor], k: int, odd: bool, renormali
                 kept[1::2] = 0
             total = torch.zeros_like(hidden)
             for e in range(EXPERTS):
+                if hasattr(module, "gate_up_proj_bias"):  # gpt-oss: what the expert gives alone
+                    alone = module.forward(hidden, torch.full_like(index[:, :1], e), torch.ones_like(weight[:, :1]))
+                    total += alone * (kept * (index == e)).sum(1, keepdim=True)
+                    continue
                 gate, up = (hidden @ module.gate_up_proj[e].T).chunk(2, -1)
                 expert = (module.act_fn(gate) * up) @ module.down_proj[e].T
                 total += expert * (kept * (index == e)).sum(1, keepdim=True)
@@ -91,7 +95,7 @@ def test_executed_flops_of_experts_are_what_the_pairs_cost(name: str, implementa
     model, batch = build(name), prompt(name, (9, 9, 9, 9))
     model.set_experts_implementation(implementation)
     moe = [layer.experts for layer in View(model).layers if layer.experts is not None]
-    inner = moe[0].module.down_proj.shape[2]
+    inner = next(size for size in moe[0].module.down_proj.shape[1:] if size != 32)
     pair = 2 * (32 * 2 * inner + inner * 32)
     with torch.no_grad():
         with sparing.attach(model, Fewer(TOP_K), trace=True) as run:
