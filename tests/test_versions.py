@@ -1,7 +1,7 @@
 """What has to hold under any versions that the ranges admit: `make test-newest` and `make test-oldest` run this file.
 
-Short by design: generation equals recomputation for a method that acts in each phase, one method of each kind passes the
-conformance suite on three architectures, and the README's ten lines run.
+Short by design: generation equals recomputation, one method of each kind passes the conformance suite on three
+architectures, and the README's ten lines run.
 """
 
 from __future__ import annotations

@@ -629,7 +629,7 @@ class Pass:
         if mask.ndim == 2:
             here = mask if whole else take(mask, columns)
             return here if valid is None else here * valid
-        if whole and (entry is None or entry.complete):
+        if whole and (entry is None or (entry.complete and mask.shape[-1] == entry.columns.shape[1])):
             return mask
         mask = mask.expand(self.batch, *mask.shape[1:])
         first = self.past + self.width - mask.shape[-1]  # column of its first key: a window leaves older ones out

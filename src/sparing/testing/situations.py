@@ -75,15 +75,15 @@ def second_turn(model: Any, method: Method, architecture: str) -> None:
     question = prompt("llama", (4, 4), side="none", seed=3)["input_ids"]
     with _attached(model, method) as run:
         first = model.generate(**batch, return_dict_in_generate=True, **settings)
-        turn = torch.cat([first.sequences, question], 1)
-        asked = {"input_ids": turn, "attention_mask": torch.ones_like(turn), **with_cache(model, cache_in(first)[1])}
-        if architecture in VISION:  # without a second picture the first one stays pruned as it was
-            asked |= {"mm_token_type_ids": torch.zeros_like(turn).int()} if "mm_token_type_ids" in batch else {}
-        second = model.generate(**asked, return_dict_in_generate=True, output_logits=True, **settings)
-        if method.card.visual:  # the picture was ranked by the first question, as its cache says
+        if method.card.visual:  # the first picture stays as its question ranked it
             run.trace.reset()
             _second_picture(model, run, first, architecture, settings)
             return
+        turn = torch.cat([first.sequences, question], 1)
+        asked = {"input_ids": turn, "attention_mask": torch.ones_like(turn), **with_cache(model, cache_in(first)[1])}
+        if architecture in VISION:
+            asked |= {"mm_token_type_ids": torch.zeros_like(turn).int()} if "mm_token_type_ids" in batch else {}
+        second = model.generate(**asked, return_dict_in_generate=True, output_logits=True, **settings)
         width, end = batch["input_ids"].shape[1], first.sequences.shape[1]
         is_prompt = torch.ones_like(second.sequences, dtype=torch.bool)
         is_prompt[:, width:end] = False
@@ -107,8 +107,7 @@ def _second_picture(model: Any, run: Any, first: Any, architecture: str, setting
             [torch.zeros_like(first.sequences).int(), another["mm_token_type_ids"]], 1
         )
         asked.pop("mm_token_type_ids" if architecture == "llava" else "", None)
-    cache = copy.deepcopy(cache_in(first)[1])
-    model.generate(**asked, **with_cache(model, cache), **settings)
+    model.generate(**asked, **with_cache(model, cache_in(first)[1]), **settings)
     if not run.trace.cells or not run.trace.cells[0].visual or run.trace.share("tokens") == 1:
         raise Differs("the second picture runs whole")
 
