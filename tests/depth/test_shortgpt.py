@@ -180,7 +180,7 @@ def test_a_control_of_a_decode_method_leaves_the_prompt_alone() -> None:
 
 def test_budgets() -> None:
     method = fitted()
-    assert [method.at(keep, SHAPE).R for keep in (1.0, 0.75, 0.5, 0.34)] == [6, 4, 3, 2]
+    assert [method.at(keep, SHAPE).R for keep in (1.0, 0.8, 0.75, 0.5, 0.34)] == [6, 5, 4, 3, 2]
     assert len(layers(method)) == round(0.75 * LAYERS)  # the default
     assert int(given(*torch.rand(32).tolist()).kept(32).sum()) == 24
     with pytest.raises(BudgetError, match=r"keep = 0.2: shortgpt keeps at least 2 of 6 layers"):
