@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -301,20 +302,94 @@ def test_a_model_without_saturation_is_refused_and_left_dense() -> None:
 # ---- budgets
 
 
+def angles(method: FfnSkipLLM) -> float:
+    """Mean square of the summed angles of what a recorded token skips, token by token."""
+    cosines = method.state["cosine"].tolist()
+    skipped = [by_hand(c, method.theta, method.k or 99, *method.hot(L)) for c in cosines]
+    return sum(sum(math.acos(c[x]) for x in xs) ** 2 for c, xs in zip(cosines, skipped, strict=True)) / len(cosines)
+
+
 @pytest.mark.parametrize("keep", [0.97, 0.9, 0.8, 0.7])
-def test_at_saves_as_much_as_asked_with_the_shortest_run(keep: float) -> None:
-    shape = sparing.shape(deep())
+def test_at_saves_as_much_as_asked_where_tokens_turn_least(keep: float) -> None:
+    shape, wanted = sparing.shape(deep()), (1 - keep) * L
     method = calibrated().at(keep, shape)
     saved = sum(len(by_hand(c, method.theta, method.k or 99, *method.hot(L))) for c in method.state["cosine"].tolist())
     share = saved / len(method.state["cosine"]) * float(method.state["mlp"][0]) / L
     assert 1 - share == pytest.approx(keep, abs=0.02)
     assert 1 - share <= keep + 1e-9
     assert method.saved(L) == pytest.approx(share * L)
-    s, e = method.hot(L)
-    assert 1 <= s <= calibrated().hot(L)[0] and calibrated().hot(L)[1] <= e <= L - 1
-    assert method.k is not None
-    for k in range(1, method.k):  # shorter runs cannot save enough on any range
-        assert at(k=k, theta=-1, s=1, e=L - 1).saved(L) < (1 - keep) * L
+    hot = calibrated().hot(L)
+    reach = [
+        at(k=k, s=s, e=e)
+        for s, e in _growing(*hot, calibrated().state["cosine"].double().mean(0))
+        for k in range(1, e - s)
+        if at(k=k, s=s, e=e, theta=-1).saved(L) >= wanted
+    ]
+    inside = [other for other in reach if other.hot(L) == hot]
+    assert bool(inside) == (keep > 0.85) and (not inside or method.hot(L) == hot)
+    others = [other._sparing(wanted, other.state["cosine"], L) for other in inside or reach]
+    assert len(others) > 1 and angles(method) == min(map(angles, others))
+    assert any(angles(other) > 1.05 * angles(method) for other in others)
+
+
+def recorded(c_RL: list[list[float]], hot: tuple[int, int]) -> FfnSkipLLM:
+    """A method with these cosines of a model of one layer more, whose FFNs are half of a layer."""
+    c = torch.tensor(c_RL)
+    mlp = torch.full((c.shape[1] + 1,), 0.5, dtype=torch.float64)
+    return FfnSkipLLM(W=0).with_state({"cosine": c, "mlp": mlp, "hot": torch.tensor(hot)})
+
+
+SEVEN = Shape(8, 4, 2, 8, 32, 48)
+
+
+def test_at_stays_in_the_saturated_range_while_it_can() -> None:
+    """Four layers are saturated, the next ones are not: inside k = 3 skips three FFNs, outside k = 1 would do."""
+    method = recorded([[0.2, 0.99, 0.99, 0.99, 0.99, 0.5, 0.5]] * 4, (1, 5))
+    for skipped in (2, 3):
+        found = method.at(1 - skipped / 16, SEVEN)
+        assert found.hot(8) == (1, 5) and found.saved(8) == skipped / 2
+    assert method.at(1 - 3 / 16, SEVEN).k == 3
+    wider = method.at(1 - 4 / 16, SEVEN)  # no k skips four of these: the range grows, by no more layers than it has to
+    assert wider.hot(8) == (1, 6) and wider.k == 4
+
+
+def test_at_takes_the_run_whose_skips_turn_tokens_least() -> None:
+    """Two FFNs a token: all tokens skip 2 and 4 (k = 1) or 2 and 3 (k = 2); 4 turns them less than 3, or more."""
+    third_is_worse = recorded([[0.2, 0.98, 0.97, 0.90, 0.97, 0.3, 0.3]] * 4, (1, 5))
+    fourth_is_worse = recorded([[0.2, 0.98, 0.97, 0.97, 0.90, 0.3, 0.3]] * 4, (1, 5))
+    assert third_is_worse.at(1 - 2 / 16, SEVEN).k == 1
+    assert fourth_is_worse.at(1 - 2 / 16, SEVEN).k == 2
+
+
+def test_at_spreads_skips_where_all_is_alike() -> None:
+    """Equal means: half of the tokens skipping four FFNs turn those tokens far; all of them skipping two do not."""
+    c = [[0.2, 0.97 + 0.005 * (row % 2), 0.97, 0.97, 0.97, 0.97, 0.3] for row in range(8)]
+    found = recorded(c, (1, 6)).at(1 - 2 / 16, SEVEN)
+    assert found.k == 1 and found.skipped(torch.tensor(c), 1, 6).sum(1).tolist() == [2] * 8
+
+
+def test_settings_are_chosen_by_few_tokens_and_theta_by_all() -> None:
+    c = torch.rand(2000, 7, generator=torch.Generator().manual_seed(7)).mul(0.2).add(0.8)
+    method = recorded(c.tolist(), (1, 6))
+    found = method.at(0.9, SEVEN)
+    assert found.saved(8) == pytest.approx(0.8, abs=2e-3) and found.saved(8) >= 0.8
+    assert found.theta in c[:, 1:6]
+
+
+# ---- static
+
+
+def test_where_all_tokens_skip_the_same_it_says_static() -> None:
+    method = recorded([[0.2, 0.99, 0.98, 0.97, 0.96, 0.5, 0.4], [0.3, 0.97, 0.99, 0.98, 0.95, 0.6, 0.5]], (1, 5))
+    full = method.at(1 - 3 / 16, SEVEN)
+    assert full.static and full.remark == "static: every token skips the same FFNs"
+    deciding = full.replace(theta=0.98)  # of the first layer, only one token gets through
+    assert not deciding.static and deciding.remark == ""
+    none = full.replace(theta=2.0)
+    assert not none.static and none.remark == "" and FfnSkipLLM().remark == ""
+    assert sparing.parse("skipdecode").remark == ""
+    with pytest.raises(sparing.Error, match="needs calibration first"):
+        FfnSkipLLM().static  # noqa: B018
 
 
 def test_at_is_met_on_the_model_itself() -> None:

@@ -79,6 +79,14 @@ def test_the_trace_shows_what_was_asked(llama: PreTrainedModel) -> None:
     assert run.trace.share("depth", "prefill") == 1
 
 
+def test_budgets() -> None:
+    """Attention is 0.4 of a layer: what can be asked for ends there, and takes all FFNs."""
+    shape = Shape(LAYERS, 4, 2, 8, 32, 48)
+    assert RandomFfn().at(0.45, shape).skip == (pytest.approx(0.55 / 0.6),)
+    assert RandomFfn().at(0.4, shape).skip == (1.0,)
+    assert RandomFfn().at(1.0, Shape(LAYERS, 4, 2, 8, 32, 0)).skip == (0.0,)  # no width is needed to skip nothing
+
+
 def test_a_measurement_spans_warm_up_and_draws() -> None:
     assert RandomFfn().horizon == 64 and RandomFfn(W=25).horizon == 200
 

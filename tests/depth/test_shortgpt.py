@@ -37,20 +37,32 @@ def layers(method: ShortGPT, L: int = LAYERS) -> list[int]:
 
 
 def test_oracle_1_influence_is_one_minus_the_mean_cosine() -> None:
-    """Token by token, from the hidden states that transformers gives out; the last layer's is checked in the engine."""
+    """Token by token, from the hidden states that transformers gives out: the last one is behind the final norm."""
     model: Any = build("llama")
-    total, tokens = torch.zeros(LAYERS - 1), 0
+    model.model.norm.weight.data = torch.linspace(0.2, 3, 32)
+    total, tokens = torch.zeros(LAYERS), 0
     for batch in calibration():
         with torch.no_grad():
             hidden = model(**batch, output_hidden_states=True).hidden_states
         for row, column in batch["attention_mask"].nonzero().tolist():
-            for layer in range(LAYERS - 1):
+            for layer in range(LAYERS):
                 a, b = hidden[layer][row, column], hidden[layer + 1][row, column]
                 total[layer] += 1 - a @ b / (a.norm() * b.norm())
             tokens += 1
-    influence = fitted().state["influence"]
+    influence = ShortGPT().fit(model, calibration()).state["influence"]
     assert influence.dtype == torch.float32 and influence.shape == (LAYERS,)
-    torch.testing.assert_close(influence[:-1], total / tokens, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(influence, total / tokens, rtol=1e-4, atol=1e-5)
+
+
+def test_the_final_norm_protects_a_last_layer_that_does_little() -> None:
+    """As the released code has it. Before the norm the last layer would be the first to leave."""
+    model: Any = build("llama")
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        model.model.layers[-1].get_submodule(name).weight.data.zero_()
+    removed = ShortGPT(R=LAYERS - 1).fit(model, calibration())
+    assert LAYERS - 1 not in layers(removed)  # a norm that does not turn protects nothing
+    model.model.norm.weight.data = torch.linspace(-1, 1, 32)
+    assert LAYERS - 1 in layers(ShortGPT(R=2).fit(model, calibration()))
 
 
 def test_oracle_2_a_layer_that_does_nothing_goes_first_and_is_not_missed() -> None:
@@ -168,7 +180,7 @@ def test_a_control_of_a_decode_method_leaves_the_prompt_alone() -> None:
 
 def test_budgets() -> None:
     method = fitted()
-    assert [method.at(keep, SHAPE).R for keep in (1.0, 0.75, 0.5, 0.34)] == [6, 4, 3, 2]
+    assert [method.at(keep, SHAPE).R for keep in (1.0, 0.8, 0.75, 0.5, 0.34)] == [6, 5, 4, 3, 2]
     assert len(layers(method)) == round(0.75 * LAYERS)  # the default
     assert int(given(*torch.rand(32).tolist()).kept(32).sum()) == 24
     with pytest.raises(BudgetError, match=r"keep = 0.2: shortgpt keeps at least 2 of 6 layers"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import sparing
-from sparing.depth.skipdecode import SkipDecode
+from sparing.depth.skipdecode import SkipDecode, _prompts
 from sparing.grid.method import Shape
 from sparing.testing.models import LAYERS, VOCAB, build, prompt, single
 
 SHAPE = Shape(LAYERS, 4, 2, 8, 32, 48)
-FALLING = SkipDecode(e_max=5, e_min=2, T_ref=5)  # 5, 4, 4, 3, 3, 2, 2, … of 6 layers
+FALLING = SkipDecode(e_max=5, e_min=2, T_ref=5, w=1)  # 5, 4, 4, 3, 3, 2, 2, … of 6 layers
 OPTIONS = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 
 
@@ -42,10 +43,11 @@ def test_2_worked_schedules() -> None:
 
 
 def test_3_worked_layer_sets() -> None:
-    method = SkipDecode(e_max=16, e_min=8, T_ref=10)
+    method = SkipDecode(e_max=16, e_min=8, T_ref=10, w=1)
     assert method.layer_set(24, 0) == (0, *range(9, 24))
     assert method.layer_set(24, 10) == (0, *range(17, 24))
     assert all(len(method.layer_set(24, t)) == method.budget(t, 24) for t in range(12))
+    assert method.replace(w=None).layer_set(24, 10) == (0, 1, *range(18, 24))
     assert method.replace(w=3).layer_set(24, 10) == (0, 1, 2, *range(19, 24))
     assert method.replace(drop="top").layer_set(24, 10) == tuple(range(8))
 
@@ -59,22 +61,23 @@ def drawn(count: int) -> list[tuple[SkipDecode, int]]:
         e_max = rng.randint(1, L)
         e_min = rng.randint(1, e_max)
         drop = rng.choice(("middle", "top"))
-        found.append((SkipDecode(e_max, e_min, rng.randint(1, 60), rng.randint(0, L - 1), drop), L))
+        w = rng.choice((rng.randint(0, L - 1), None))
+        found.append((SkipDecode(e_max, e_min, rng.randint(1, 60), w, drop), L))
     return found
 
 
 def test_4_budgets_never_rise_and_sets_are_nested() -> None:
     for method, L in drawn(300):
-        case = (method, L)
+        case, w = (method, L), method.warm(L)
         assert method.e_min is not None and method.e_max is not None
         sets = [set(method.layer_set(L, t)) for t in range(method.T_ref + 4)]
         budgets = [method.budget(t, L) for t in range(method.T_ref + 4)]
         exact = [method.e_max - (method.e_max - method.e_min) * min(t / method.T_ref, 1) for t in range(len(sets))]
         for t, (now, b) in enumerate(zip(sets, budgets, strict=True)):
             assert t == 0 or (now <= sets[t - 1] and b <= budgets[t - 1]), case
-            assert max(method.e_min, method.w + 1) <= b == len(now) <= L, case
-            assert abs(b - max(exact[t], method.w + 1)) <= 0.5 + 1e-9, case
-            assert min(now) == 0 or method.w == 0, case
+            assert max(method.e_min, w + 1) <= b == len(now) <= L, case
+            assert abs(b - max(exact[t], w + 1)) <= 0.5 + 1e-9, case
+            assert set(range(w)) <= now, case
         for layer in range(L):  # the closed form of what before_layer follows
             ran = sum(layer in now for now in sets)
             assert min(method.lasts(layer, L), len(sets)) == ran, (*case, layer)
@@ -177,10 +180,13 @@ def test_prefill_is_dense(llama: PreTrainedModel) -> None:
 
 def test_fields_the_model_decides() -> None:
     assert SkipDecode().ends(24) == (16, 8)
-    assert SkipDecode().ends(6) == (4, 2)
+    assert SkipDecode().ends(6) == (3, 3) and SkipDecode(w=1).ends(6) == (4, 2)
     assert SkipDecode(e_max=10).ends(24) == (10, 5)
     assert SkipDecode(e_min=10).ends(12) == (12, 10)
     assert SkipDecode().layer_set(2) == (0, 1) and SkipDecode(w=0).layer_set(1) == (0,)
+    assert len(SkipDecode().layer_set(4)) == 3 and len(SkipDecode(w=1).layer_set(4)) == 2  # w + 1 at least
+    assert [SkipDecode().warm(L) for L in (1, 2, 3, 12, 30, 35, 36, 48, 80)] == [0, 1, 2, 2, 2, 2, 3, 4, 6]
+    assert SkipDecode(w=1).warm(48) == 1 and SkipDecode(w=0).warm(48) == 0
     for method, L, words in [
         (SkipDecode(e_max=7), 6, "e_max = 7: must be <= 6"),
         (SkipDecode(e_min=7), 6, "e_min = 7: must be <= 6"),
@@ -196,15 +202,16 @@ def test_fields_the_model_decides() -> None:
 @pytest.mark.parametrize("L", [6, 12, 24, 33])
 def test_budget_is_the_mean_over_the_reference_length(L: int, T_ref: int) -> None:
     shape = Shape(L, 4, 2, 8, 32, 48)
-    for R in range(2, L + 1):
+    for R in range(3, L + 1):
         method = SkipDecode(T_ref=T_ref).at(R / L, shape)
         mean = sum(method.budget(t, L) for t in range(T_ref)) / T_ref
         assert method.mean(L) == pytest.approx(mean)
         assert abs(mean - R) < 0.5 and (T_ref < 64 or abs(mean - R) <= L / T_ref / 2)
         assert method.mirrored(shape) == {"R": R}
     assert SkipDecode(T_ref=T_ref).at(1.0, shape).ends(L) == (L, L)
-    with pytest.raises(sparing.BudgetError, match=r"at least w \+ 1 = 2 of"):
-        SkipDecode().at(1 / L, shape)
+    with pytest.raises(sparing.BudgetError, match=rf"at least w \+ 1 = 3 of {L} layers, {3 / L:.3g}"):
+        SkipDecode().at(2 / L, shape)
+    assert SkipDecode(w=1, T_ref=T_ref).at(2 / L, shape).ends(L) == (2, 2)
 
 
 def test_budget_of_the_card() -> None:
@@ -220,7 +227,7 @@ def test_controls_spend_the_same() -> None:
         spent = sum(min(control.lasts(layer, 24), 512) for layer in range(24)) / 512  # type: ignore[attr-defined]
         assert spent == pytest.approx(12, abs=0.02), kind
     constant = method.control("constant", shape)
-    assert constant.layer_set(24, 0) == constant.layer_set(24, 600) == (0, *range(13, 24))  # type: ignore[attr-defined]
+    assert constant.layer_set(24, 0) == constant.layer_set(24, 600) == (0, 1, *range(14, 24))  # type: ignore[attr-defined]
     assert method.control("termination", shape).layer_set(24, 0) == tuple(range(16))  # type: ignore[attr-defined]
 
 
@@ -238,6 +245,70 @@ def test_fit_trains_this_schedule_and_holds_for_its_budget() -> None:
     assert fitted.at(0.7, SHAPE) is fitted  # 3.8 layers on average, 4 of 6
     with pytest.raises(sparing.BudgetError, match=r"keep = 0.5: skipdecode was fitted at 0.667; fit it anew"):
         fitted.at(0.5, SHAPE)
+
+
+def test_a_first_layer_that_leaves_is_never_layer_1() -> None:
+    """keep = 0.9 of a real model's 30 layers: layer 1 is one that cannot be lost, so layer 2 leaves first."""
+    shape = Shape(30, 4, 2, 8, 32, 48)
+    for method in (SkipDecode(T_ref=40).at(0.9, shape), SkipDecode(T_ref=40).at(0.9, shape).control("constant", shape)):
+        assert all({0, 1} <= set(method.layer_set(30, t)) for t in range(41))  # type: ignore[attr-defined]
+        assert 2 not in method.layer_set(30, 40)  # type: ignore[attr-defined]
+    assert 1 not in SkipDecode(T_ref=40, w=1).at(0.9, shape).layer_set(30, 40)
+
+
+# ---- what fit trains
+
+
+def labelled(*rows: str) -> dict[str, Tensor]:
+    """A batch drawn as text: `.` padding, `p` prompt, `x` a labelled token."""
+    kinds = [list(row) for row in rows]
+    labels = torch.tensor([[5 if kind == "x" else -100 for kind in row] for row in kinds])
+    real = torch.tensor([[int(kind != ".") for kind in row] for row in kinds])
+    return {"input_ids": torch.full_like(labels, 5), "attention_mask": real, "labels": labels}
+
+
+def ends(data: list[dict[str, Tensor]], T_ref: int) -> list[list[int]]:
+    return [prompt_B.tolist() for prompt_B in _prompts(data, T_ref)]
+
+
+def test_prompts_end_where_labels_begin_if_a_response_is_long_enough() -> None:
+    data = [labelled("pppxxxxx", "..ppppxx"), labelled("ppppppxx")]
+    assert ends(data, 5) == ends(data, 3) == [[3, 6], [6]]
+    assert ends([labelled("ppxxpxx.")], 5) == [[2]]  # a gap between labels counts
+
+
+def test_prompts_end_earlier_in_turn_where_responses_are_shorter() -> None:
+    """Three parts of four steps each, up to T_ref = 12; a token of prompt stays in any case."""
+    rows = labelled("ppppppppppppxxxx", "ppppppppppppxxxx")
+    assert ends([rows, rows], 12) == ends([rows, rows], 9) == [[12, 8], [4, 12]]
+    assert ends([rows, rows], 16) == [[12, 8], [4, 1]]
+    assert ends([{k: v for k, v in rows.items() if k != "attention_mask"}], 12) == [[12, 8]]
+    padded = labelled("ppppppppppppxxxx", "....ppppppppxxxx", "......ppppppxxxx", "............xxxx")
+    assert ends([padded], 8) == [[12, 8, 12, 12]]
+    assert ends([padded], 16) == [[12, 8, 7, 12]]
+    assert ends([labelled("pppp", "ppxx")], 4) == [[4, 1]]  # nothing labelled: all of it is prompt
+
+
+def test_fit_trains_every_step_that_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of a text with half as many labels as T_ref: all steps below T_ref are met by a label, evenly."""
+    seen: list[tuple[int, int]] = []
+    before = SkipDecode.before_layer
+
+    def watch(self: SkipDecode, stream: Any, layer: int) -> None:
+        if layer == 0:
+            step_BT = stream.step
+            labelled_BT = torch.arange(step_BT.shape[1]) >= 8
+            seen.extend((row, int(step_BT[row, column])) for row, column in labelled_BT.expand_as(step_BT).nonzero())
+        before(self, stream, layer)
+
+    monkeypatch.setattr(SkipDecode, "before_layer", watch)
+    ids = prompt("llama", (15, 15), side="none")["input_ids"]
+    batch = {"input_ids": ids, "labels": torch.where(torch.arange(15) >= 8, ids, -100)}
+    SkipDecode(e_max=5, e_min=2, T_ref=14, w=1).fit(build("llama"), [batch], progress=False)
+    assert sorted(step for _, step in seen) == list(range(14))
+    seen.clear()
+    SkipDecode(e_max=5, e_min=2, T_ref=7, w=1).fit(build("llama"), [batch], progress=False)
+    assert sorted(step for _, step in seen) == sorted([*range(7)] * 2)
 
 
 def test_fit_gives_a_layer_that_left_no_gradient_from_later_tokens() -> None:

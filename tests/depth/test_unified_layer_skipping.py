@@ -18,6 +18,7 @@ def test_1_speed_one_is_dense(llama: PreTrainedModel) -> None:
     batch = prompt("llama")
     method = UnifiedLayerSkipping(S=1)
     assert method.layer_set(30) == tuple(range(30))
+    assert method.layer_set(1) == (0,)
     with torch.no_grad():
         dense = llama(**batch).logits
         with sparing.attach(llama, method) as run:
@@ -173,6 +174,27 @@ def test_fit_trains_through_the_kept_layers() -> None:
         with sparing.attach(model, fitted, prompt=4):
             assert model(**batch).loss < 0.8 * before
     assert not any("embed_tokens" in name for name in fitted.state)
+
+
+def test_fit_takes_what_stands_before_the_labels_for_the_prompt() -> None:
+    """Labelled from the start, a skipped layer has no token to learn from; behind a prompt it has."""
+    model = build("llama")
+    ids = prompt("llama", (9, 9), side="none")["input_ids"]
+    name = "model.layers.2.mlp.down_proj.weight"
+
+    def learned(start: int) -> torch.Tensor:
+        batch = {"input_ids": ids, "labels": torch.where(torch.arange(9) >= start, ids, -100)}
+        fitted = UnifiedLayerSkipping(S=3).fit(model, [batch], lr=1e-2, progress=False)
+        (found,) = (value for key, value in fitted.state.items() if name.endswith(key.removeprefix("weight.")))
+        return found
+
+    before = model.get_parameter(name)
+    assert torch.equal(learned(0), before) and not torch.equal(learned(4), before)
+
+
+def test_at_keeps_the_nearest_number_of_layers() -> None:
+    for keep, R in ((1.0, 6), (0.8, 5), (0.6, 4), (0.5, 3), (0.34, 2)):
+        assert len(UnifiedLayerSkipping().at(keep, SHAPE).layer_set(LAYERS)) == R
 
 
 def test_decode_runs_only_kept_layers(llama: PreTrainedModel) -> None:

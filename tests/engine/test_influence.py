@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor
 
 import sparing
@@ -16,19 +17,28 @@ from sparing.testing.checks import fingerprint
 from sparing.testing.models import ARCHITECTURES, LAYERS, build, prompt, single
 
 
+def final_norm(model: Any) -> Any:
+    decoder = View(model).decoder
+    return getattr(decoder, "norm", None) or getattr(decoder, "final_layer_norm", None)
+
+
+def turning(name: str) -> Any:
+    """A model whose final norm turns what passes: its weights are unlike, as those of trained models are."""
+    model = build(name)
+    weight = final_norm(model).weight
+    weight.data = torch.linspace(0.2, 3, len(weight)).to(weight)
+    return model
+
+
 def reference(model: Any, batches: list[dict[str, Tensor]]) -> Tensor:
-    """Whole hidden states, the last one taken before the final norm; float64 sums of each token's cosine."""
+    """Hidden states as transformers gives them, so the last one behind the final norm; float64 mean cosines."""
     states: list[list[Tensor]] = [[] for _ in range(LAYERS + 1)]
-    view, last = View(model), []
-    norm = getattr(view.decoder, "norm", None) or getattr(view.decoder, "final_layer_norm", None)
-    handle = norm.register_forward_pre_hook(lambda m, a: last.append(a[0]))
     with torch.no_grad():
         for batch in batches:
             real = batch["attention_mask"].bool()
             hidden = model(**batch, output_hidden_states=True, use_cache=False).hidden_states
-            for place, x in enumerate([*hidden[:LAYERS], last.pop()]):
+            for place, x in enumerate(hidden):
                 states[place].append(x[real].double())
-    handle.remove()
     rows = [torch.cat(part) for part in states]
     dot = [(a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt() for a, b in itertools.pairwise(rows)]
     return torch.stack([x.mean() for x in dot])
@@ -36,11 +46,46 @@ def reference(model: Any, batches: list[dict[str, Tensor]]) -> Tensor:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_equals_hidden_states(name: str) -> None:
-    model = build(name)
+    model = turning(name)
     batches = [prompt(name, (9, 4, 6), side="right"), prompt(name, (3, 8), side="left", seed=3)]
     found, want = similarities(model, batches), reference(model, batches)
     assert found.shape == (LAYERS,) and want.std() > 1e-3
     torch.testing.assert_close(found, want, rtol=0, atol=2e-6)
+
+
+def test_the_final_norm_counts_as_part_of_the_last_layer() -> None:
+    """By hand: the last layer leaves its input as it is, the norm's weight keeps one channel and turns the rest."""
+    model: Any = build("llama")
+    View(model).layers[-1].module.register_forward_hook(lambda m, args, out: args[0])
+    batches, given = [prompt("llama", (9, 4))], []
+    assert float(similarities(model, batches)[-1]) == pytest.approx(1, abs=1e-6)
+    model.model.norm.weight.data.fill_(-1)[0] = 1
+    model.model.norm.register_forward_pre_hook(lambda m, args: given.append(args[0]))
+    found = similarities(model, batches)
+    x = given[0][batches[0]["attention_mask"].bool()].double()
+    want = (2 * x[:, 0].square() / x.square().sum(-1) - 1).mean()
+    torch.testing.assert_close(found[-1], want, rtol=0, atol=1e-6)
+    assert (found[:-1] - similarities(build("llama"), batches)[:-1]).abs().max() < 1e-9
+
+
+def test_a_decoder_that_gives_out_another_width_counts_before_it() -> None:
+    """OPT-350m: no final norm, and states are projected to the width of the embedding."""
+    torch.manual_seed(0)
+    config = hf.OPTConfig(
+        vocab_size=120, hidden_size=32, word_embed_proj_dim=16, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=64, do_layer_norm_before=False,
+    )  # fmt: skip
+    model: Any = hf.OPTForCausalLM(config).eval()
+    batch, around = prompt("opt", (9,)), []
+    handle = model.model.decoder.layers[-1].register_forward_hook(
+        lambda m, args, kwargs, out: around.append((args[0] if args else kwargs["hidden_states"], out)),
+        with_kwargs=True,
+    )
+    found = similarities(model, [batch])
+    handle.remove()
+    before, after = around[0][0], around[0][1]
+    after = after[0] if isinstance(after, tuple) else after
+    torch.testing.assert_close(found[-1].float(), torch.cosine_similarity(before, after, dim=-1).mean())
 
 
 def test_padding_and_batching_do_not_count() -> None:

@@ -32,7 +32,7 @@ from sparing.grid.select import top_k
 class ShortGPT(SurgeryMethod):
     """Keep the R of L layers with the largest block influence; the others leave the model.
 
-    h_{l,t} is the residual stream of token t entering layer l, h_{l+1,t} leaving it.
+    h_{l,t} is the residual stream of token t entering layer l, h_{l+1,t} leaving it; h_{L,t} is behind the final norm.
 
     1. BI_l = 1 - E_t [h_{l,t} . h_{l+1,t} / (||h_{l,t}|| ||h_{l+1,t}||)], over all tokens of the calibration data, all
        layers in one dense pass.
@@ -41,9 +41,11 @@ class ShortGPT(SurgeryMethod):
 
     What is left is an ordinary model of R layers. Its controls skip as many layers for every token, the prompt too.
 
-    Departures: each token counts once (released: a sum over windows of prompts, their padding too). The last layer's
-    output is taken before the final norm (released: after it, as transformers' hidden states give it, which lets that
-    norm count as part of the layer).
+    The final norm counts as part of the last layer, as in the released code: it takes transformers' `hidden_states`,
+    whose last entry is normed. The paper does not say so, but it is what protects the last layer, whose own BI before
+    the norm may be the smallest of all.
+
+    Departures: each token counts once (released: a sum over windows of prompts, their padding too).
 
     Cost: one dense forward over the calibration data (published: PG19), one cosine a token and layer.
 

@@ -286,10 +286,13 @@ class _Finetuning(Objective):
     def forward(self, batch: Batch) -> Tensor:
         from sparing.engine.attach import attach
 
-        prompt = (batch["labels"] != -100).cumsum(1) == 0 if self._splits else None
+        inputs = dict(batch)
+        prompt = inputs.pop("prompt", None)
+        if prompt is None and self._splits:
+            prompt = (batch["labels"] != -100).cumsum(1) == 0
         with attach(self.model, self._method, prompt=prompt, warn=False) as run:
             run.keeps_trace = False
-            return self.model(**batch, use_cache=False).loss
+            return self.model(**inputs, use_cache=False).loss
 
 
 def finetune(
@@ -306,7 +309,8 @@ def finetune(
     Args:
         model: left unchanged; a copy trains.
         method: attached while training.
-        batches: keyword arguments of forward with labels; kept in memory to go through them several times.
+        batches: keyword arguments of forward with labels; kept in memory to go through them several times. One named
+            `prompt` is for the method instead: what `attach` takes under that name.
         trains: which parameters train, by name; default all but the input embedding and the vision tower.
         prompt_from_labels: everything before the first label of a sample is prompt, the rest counts as generated.
         options: of `Training`; the learning rate is 2e-5 by default.

@@ -339,6 +339,11 @@ class Method:
         return 0
 
     @property
+    def remark(self) -> str:
+        """What a reader of results must know of these settings, in a few words; empty where there is nothing to say."""
+        return ""
+
+    @property
     def draws(self) -> int | None:
         """How many `random` controls that differ there are; None as many as there are seeds."""
         return None
