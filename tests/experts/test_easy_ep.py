@@ -246,6 +246,21 @@ def test_own_output_is_drawn_and_not_the_likeliest() -> None:
     assert torch.equal(given["input_ids"], row.expand(3, -1))
 
 
+def test_own_output_ends_where_the_model_ends_it() -> None:
+    """The end of text is watched, what comes after it is padding."""
+    model = build("qwen3-moe")
+    row = prompt("qwen3-moe", (9,), side="none", seed=9)["input_ids"]
+    labels = torch.where(torch.arange(9) >= 4, row, -100).expand(40, -1)
+    data = [{"input_ids": row.expand(40, -1), "attention_mask": torch.ones_like(labels), "labels": labels}]
+    ends = list(range(2, 120, 2))
+    model.generation_config.eos_token_id = ends
+    (shown,) = demonstrations(model, data, 40, own=True)
+    for ids, mask in zip(shown["input_ids"].tolist(), shown["attention_mask"].tolist(), strict=True):
+        first = next((i for i in range(4, len(ids)) if ids[i] in ends), len(ids) - 1)
+        assert mask == [1] * (first + 1) + [0] * (len(ids) - first - 1)
+    assert 0 < float(shown["attention_mask"].float().mean()) < 1
+
+
 def test_importance_is_the_score_and_the_card_says_what_it_costs() -> None:
     model = build("qwen3-moe")
     tables = {name: torch.rand(LAYERS, EXPERTS, dtype=torch.double) for name in ("score", "count", "gate")}

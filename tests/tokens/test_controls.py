@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 import sparing
+from sparing.engine.schedule import _drawn
+from sparing.engine.stream import Stream
 from sparing.grid.method import Shape
 from sparing.grid.select import evenly
 from sparing.testing.models import IMAGE, LAYERS, VISUAL, build, prompt
@@ -64,6 +66,21 @@ def test_counts_follow_the_schedule_of_each_sample(kind: str) -> None:
         assert all(set(b) <= set(a) for a, b in zip(before, after, strict=True))  # who left does not come back
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_choice_is_exactly_as_many_as_asked_for(kind: str) -> None:
+    """Also where a sample has fewer visual tokens than another: none of its empty places is chosen."""
+    seen: list[tuple[list[int], list[int]]] = []
+
+    class Look(KINDS[kind]):  # type: ignore[misc, name-defined]
+        def choose(self, stream: Stream, count_B: Tensor) -> Tensor:
+            chosen = super().choose(stream, count_B)
+            seen.append((chosen.sum(1).tolist(), count_B.tolist()))
+            return chosen
+
+    places(Look(schedule=SCHEDULE), two_and_one(), torch.rand(2, 2 * VISUAL))
+    assert seen == [([16, 8], [16, 8]), ([4, 2], [4, 2])]
+
+
 def test_uniform_keeps_even_steps_of_what_is_alive() -> None:
     found = places(UniformTokens(schedule=SCHEDULE), two_and_one())
     for sample, total in ((0, 32), (1, 16)):
@@ -101,6 +118,8 @@ def test_random_draws_by_seed_layer_and_place() -> None:
     assert float(often[1].min()) > 1 and float(often[1].max()) < 22  # 10 on average
     first = places(RandomTokens(schedule=(0.5,) * LAYERS, seed=3), one_image())[0]
     assert first != draws[3][1]  # a layer has a draw of its own
+    ranked = [_drawn(seed, layer, VISUAL) for seed in range(40) for layer in range(LAYERS)]
+    assert len({tuple(row.tolist()) for row in ranked}) == 40 * LAYERS  # no draw comes twice
     in_batch = places(RandomTokens(schedule=SCHEDULE, seed=3), two_and_one())
     lone = {k: v[1:, 14:] if k != "pixel_values" else v[2:] for k, v in two_and_one().items()}
     assert [layer[1] for layer in in_batch] == [layer[0] for layer in places(RandomTokens(SCHEDULE, 3), lone)]
