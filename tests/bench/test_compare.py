@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from sparing.bench import compare as module
 from sparing.bench import tasks
@@ -19,6 +20,7 @@ from sparing.bench.compare import BLANK, Store, compare
 from sparing.bench.models import Loaded, load_model
 from sparing.depth.unified_layer_skipping import UnifiedLayerSkipping
 from sparing.grid.method import Error, parse
+from sparing.lab import digits
 from sparing.width.flap import Flap
 
 TEXT = "".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(30))
@@ -210,7 +212,7 @@ def test_the_model_is_left_as_it_was(reader: Loaded) -> None:
 # ------------------------------------------------------------------------------------------------------------- images
 
 
-def test_visual_methods_have_two_more_controls(viewer: Loaded) -> None:
+def test_visual_methods_have_the_oracle_beside_them(viewer: Loaded) -> None:
     rows = compare(
         viewer.model,
         tasks.FindDigit(viewer, batch=4),
@@ -222,20 +224,29 @@ def test_visual_methods_have_two_more_controls(viewer: Loaded) -> None:
         progress=False,
     )
     kinds = [row["control"] for row in rows]
-    assert kinds == [None, "random", "random", "random", "uniform", "oracle", "downsample", None]
+    assert kinds == [None, "random", "random", "random", "uniform", "oracle", None]
     row = rows[-1]
     assert all(row["cells"] == pytest.approx(0.5, abs=0.01) for row in (*rows[1:6], row))
     assert row["phase"] == "prefill" and row["bound"] == row["flop_bound"] > 1.2
     assert row["status"] == "ok" and row["peak_memory_mb"] < rows[0]["peak_memory_mb"]
 
 
-def test_down_sampling_is_measured_once_a_budget(viewer: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_down_sampling_is_measured_once_a_budget(
+    viewer: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a model that may see pictures of any size: a smaller one is a rival of dropped tokens."""
+    lines = []
+    for index in range(2):
+        scene, colour = digits.scene("test", index), digits.COLOURS[index]
+        Image.fromarray(scene.image).save(tmp_path / f"{index}.png")
+        lines.append(json.dumps({"image": f"{index}.png", "question": colour, "answer": scene.answer(colour)}))
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines) + "\n")
     asked = []
-    original = tasks.FindDigit.downsampled
-    monkeypatch.setattr(tasks.FindDigit, "downsampled", lambda self, keep: asked.append(keep) or original(self, keep))
+    original = tasks.Vqa.downsampled
+    monkeypatch.setattr(tasks.Vqa, "downsampled", lambda self, keep: asked.append(keep) or original(self, keep))
     rows = compare(
         viewer.model,
-        tasks.FindDigit(viewer),
+        f"vqa:{tmp_path}/questions.jsonl",
         ["fastv:K=2", "fastv:K=3"],
         [0.5],
         limit=2,
@@ -245,6 +256,7 @@ def test_down_sampling_is_measured_once_a_budget(viewer: Loaded, monkeypatch: py
     )
     small = [row for row in rows if row["control"] == "downsample"]
     assert len(small) == 2 and small[0]["quality"] == small[1]["quality"] and asked.count(0.5) == 1
+    assert all(row["status"] == "ok" for row in rows)
 
 
 # ------------------------------------------------------------------------------------------------------------ surgery

@@ -110,23 +110,10 @@ def test_find_digit_trains_on_other_scenes(viewer: Loaded) -> None:
     assert torch.isfinite(viewer.model(**batch).loss)
 
 
-@pytest.mark.parametrize("keep, side", [(1.0, 16), (0.5, 11), (0.25, 8), (0.1, 5), (1 / 256, 1)])
-def test_small_pictures_have_few_tokens(viewer: Loaded, keep: float, side: int) -> None:
-    small = tasks.FindDigit(viewer, batch=2).downsampled(keep)
-    assert small is not None
-    batch, _, _ = small._asked("test", 0, 2)
-    assert batch["input_ids"].shape == (2, side**2 + 2)
-    assert batch["pixel_values"].shape[-1] == 6 * side
-    assert 0 <= small.evaluate(viewer.model, limit=2) <= 1
-
-
-def test_pictures_of_full_size_are_the_task_itself(viewer: Loaded) -> None:
-    task = tasks.FindDigit(viewer, batch=4)
-    same = task.downsampled(1.0)
-    assert same is not None and task.downsampled(0.003) is None
-    a, b = (t._asked("test", 0, 4)[0] for t in (task, same))
-    with torch.no_grad(), tasks.any_size(viewer.model):
-        assert torch.allclose(viewer.model(**a).logits, viewer.model(**b).logits)
+def test_find_digit_offers_no_smaller_pictures(viewer: Loaded) -> None:
+    """lab:vlm knows one size; on others it guesses, and a rival that guesses makes any method look good."""
+    task = tasks.FindDigit(viewer)
+    assert task.truth and all(task.downsampled(keep) is None for keep in (0.1, 0.5, 1.0))
 
 
 def test_any_size_leaves_no_trace(viewer: Loaded) -> None:

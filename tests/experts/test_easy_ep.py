@@ -11,7 +11,7 @@ from torch import Tensor
 
 import sparing
 from sparing.engine.checkpoint import save_pretrained
-from sparing.engine.experts import Visits, contributions, expert_statistics, observe_experts
+from sparing.engine.experts import Visits, contributions, demonstrations, expert_statistics, observe_experts
 from sparing.engine.surgery import masked
 from sparing.engine.view import View
 from sparing.experts.easy_ep import EasyEp
@@ -93,22 +93,57 @@ def test_5_gates_are_those_of_the_forward_pass() -> None:
 
 
 def test_observed_norms_and_outputs_are_those_of_the_experts() -> None:
-    model = build("qwen3-moe")
-    found: dict[int, Visits] = {}
-    observe_experts(model, [prompt("qwen3-moe", (7, 4))], found.__setitem__)
-    seen = found[3]
+    model, batch = build("qwen3-moe"), prompt("qwen3-moe", (7, 4))
     layer = View(model).layers[3]
     assert layer.experts is not None and layer.mlp_norm is not None
     module: Any = layer.experts.module
+    for norm in (v.mlp_norm for v in View(model).layers):
+        torch.nn.init.uniform_(norm.weight, 0.5, 2.0)  # type: ignore[union-attr, arg-type]
+    streams: list[Tensor] = []
+    hook = layer.mlp_norm.register_forward_pre_hook(lambda m, args: streams.append(args[0].detach()))
+    found: dict[int, Visits] = {}
+    observe_experts(model, [batch], found.__setitem__)
+    hook.remove()
+    seen = found[3]
     assert len(seen.hidden) == 11  # padding is left out
+    assert torch.equal(seen.hidden, streams[0][batch["attention_mask"].bool()])  # the stream itself, before its norm
     with torch.no_grad():
         x = layer.mlp_norm(seen.hidden)
+        assert not torch.allclose(x, seen.hidden, atol=0.1)
         for row, slot in ((0, 0), (6, 2), (10, 1)):
             e = int(seen.index[row, slot])
             gate, up = (module.gate_up_proj[e] @ x[row]).chunk(2)
             out = module.down_proj[e] @ (torch.nn.functional.silu(gate) * up)
             torch.testing.assert_close(out.norm(), seen.norm[row, slot])
         torch.testing.assert_close(layer.mlp(x[None])[0], seen.routed, rtol=1e-5, atol=1e-6)  # type: ignore[misc]
+
+
+def test_score_by_hand() -> None:
+    """I_i = sum_t s_t g_{i,t} ||e_{i,t}|| of one layer, from the weights of the model and nothing of ours."""
+    model, batch = build("mixtral"), prompt("mixtral", (9, 6))
+    block: Any = model.model.layers[2]
+    torch.nn.init.uniform_(block.post_attention_layernorm.weight, 0.5, 2.0)
+    held: dict[str, Tensor] = {}
+    hook = block.post_attention_layernorm.register_forward_pre_hook(lambda m, args: held.update(h=args[0].detach()))
+    with torch.no_grad():
+        model(**batch)
+        hook.remove()
+        h = held["h"][batch["attention_mask"].bool()]
+        x = block.post_attention_layernorm(h)
+        probability = (x @ block.mlp.gate.weight.T).softmax(-1)
+        gates, chosen = probability.topk(TOP_K)
+        gates = gates / gates.sum(-1, keepdim=True)
+        score = torch.zeros(EXPERTS, dtype=torch.double)
+        for t in range(len(h)):
+            outputs = []
+            for e in chosen[t].tolist():
+                gate, up = (block.mlp.experts.gate_up_proj[e] @ x[t]).chunk(2)
+                outputs.append(block.mlp.experts.down_proj[e] @ (torch.nn.functional.silu(gate) * up))
+            after = h[t] + sum(g * out for g, out in zip(gates[t], outputs))
+            turned = 1 - float(h[t] @ after / h[t].norm() / after.norm())
+            for e, g, out in zip(chosen[t].tolist(), gates[t].tolist(), outputs):
+                score[e] += turned * g * float(out.norm())
+    torch.testing.assert_close(expert_statistics(model, [batch])["score"][2], score, rtol=1e-4, atol=1e-6)
 
 
 def test_6_scores_add_over_samples_in_any_order() -> None:
@@ -186,6 +221,61 @@ def test_own_output_is_sampled_from_the_prompt_and_repeatable() -> None:
     assert not torch.equal(first.state["text.score"], given.state["text.score"])
     assert first.state["text.count"].sum(1).tolist() == [6 * 9 * TOP_K] * LAYERS  # 6 demonstrations of 9 tokens
     assert [s[1] for s in seen].count(4) == 2  # two prompts of 4 tokens were read, then continued
+
+
+def test_own_output_is_drawn_and_not_the_likeliest() -> None:
+    """At temperature 1 from the whole distribution: the surprise of what is drawn is the entropy on average."""
+    model = build("qwen3-moe")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3)
+    row, rows = prompt("qwen3-moe", (5,), side="none", seed=9)["input_ids"], 2000
+    with torch.no_grad():
+        share = model(row[:, :4]).logits[0, -1].softmax(-1)
+    labels = torch.where(torch.arange(5) == 4, row, -100).expand(rows, -1)
+    data = [{"input_ids": row.expand(rows, -1), "attention_mask": torch.ones_like(labels), "labels": labels}]
+    (shown,) = demonstrations(model, data, rows, own=True)
+    ids = shown["input_ids"]
+    assert ids.shape == (rows, 5) and torch.equal(ids[:, :4], row[:, :4].expand(rows, -1))
+    entropy = float(-(share * share.log()).sum())
+    assert 1 < entropy < 4.5  # neither certain nor flat, so a temperature would be seen
+    assert float(-share[ids[:, 4]].log().mean()) == pytest.approx(entropy, abs=0.1)
+    (again,) = demonstrations(model, data, rows, own=True)
+    (other,) = demonstrations(model, data, rows, own=True, seed=1)
+    assert torch.equal(again["input_ids"], ids) and not torch.equal(other["input_ids"], ids)
+    (given,) = demonstrations(model, data, 3, own=False)
+    assert torch.equal(given["input_ids"], row.expand(3, -1))
+
+
+def test_own_output_ends_where_the_model_ends_it() -> None:
+    """The end of text is watched, what comes after it is padding."""
+    model = build("qwen3-moe")
+    row = prompt("qwen3-moe", (9,), side="none", seed=9)["input_ids"]
+    labels = torch.where(torch.arange(9) >= 4, row, -100).expand(40, -1)
+    data = [{"input_ids": row.expand(40, -1), "attention_mask": torch.ones_like(labels), "labels": labels}]
+    ends = list(range(2, 120, 2))
+    model.generation_config.eos_token_id = ends
+    (shown,) = demonstrations(model, data, 40, own=True)
+    for ids, mask in zip(shown["input_ids"].tolist(), shown["attention_mask"].tolist(), strict=True):
+        first = next((i for i in range(4, len(ids)) if ids[i] in ends), len(ids) - 1)
+        assert mask == [1] * (first + 1) + [0] * (len(ids) - first - 1)
+    assert 0 < float(shown["attention_mask"].float().mean()) < 1
+
+
+def test_importance_is_the_score_and_the_card_says_what_it_costs() -> None:
+    model = build("qwen3-moe")
+    tables = {name: torch.rand(LAYERS, EXPERTS, dtype=torch.double) for name in ("score", "count", "gate")}
+    method = EasyEp(M=4).with_state({f"text.{name}": table for name, table in tables.items()})
+    expected = [set(row.topk(4).indices.tolist()) for row in tables["score"]]
+    assert kept(method, model) == expected
+    card = EasyEp.card
+    assert (card.axis, card.kind, card.phase, card.saves, card.needs) == (
+        "experts",
+        "surgery",
+        "static",
+        "memory",
+        "calibration",
+    )
+    assert card.controls == ("random", "frequency", "gate") and not card.is_control and EasyEp.name == "easy-ep"
 
 
 def test_controls_keep_as_many_and_others() -> None:

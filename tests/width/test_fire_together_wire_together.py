@@ -577,6 +577,20 @@ def test_trace_and_flops_show_what_ran() -> None:
     assert share == pytest.approx(sum((3072 + 3 * 32 * 48 * s) / layer for s in mlp) / LAYERS, rel=1e-6)
 
 
+def test_trace_counts_generated_tokens_only_in_a_pass_that_holds_both() -> None:
+    model, method, ids = build("llama"), fitted().replace(neurons=0.25), torch.tensor([[3, 17, 90, 4, 33, 8, 61, 9]])
+    with torch.no_grad(), sparing.attach(model, method) as run:
+        cache = model(ids[:, :7]).past_key_values
+        model(ids[:, 7:], past_key_values=cache)
+        step = run.trace.share("width", "decode")
+        run.trace.reset()
+        run.prompt = 7
+        model(ids, use_cache=False)
+        both = run.trace.share("width")
+    assert step < 1
+    assert both == pytest.approx(1 - (1 - step) / 8, rel=1e-5)
+
+
 SHAPE = Shape(layers=LAYERS, heads=4, groups=2, head_dim=8, hidden=32, neurons=48)
 
 

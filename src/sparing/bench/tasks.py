@@ -324,18 +324,18 @@ class FindDigit(Task):
     Held-out scenes, one question each, the colours in turn. The oracle control gets the patches that the asked digit
     touches.
 
-    The down-sampled task resizes the picture to g x g patches, g = floor(sqrt(keep * 256)), and lets the image tower
-    interpolate its position embedding. The model has not been trained on other sizes; neither has one that a method is
-    attached to.
+    It is not down-sampled: `lab:vlm` has seen pictures of one size only and answers smaller ones by chance, so they are
+    no rival (docs/instrument.md).
     """
 
     name = "find-digit"
     metric = "accuracy"
     higher_is_better = True
     visual = True
+    truth = True
     scenes = 500  #: evaluated where no limit is given
 
-    def __init__(self, loaded: Loaded, *, grid: int | None = None, batch: int = 32) -> None:
+    def __init__(self, loaded: Loaded, *, batch: int = 32) -> None:
         from sparing.lab import digits
 
         known = loaded.sees and [*loaded.tokenizer.get_vocab().items()]
@@ -343,20 +343,19 @@ class FindDigit(Task):
             raise Error(
                 f"task = 'find-digit': asks in the words of lab:vlm, which {loaded.name} does not know; use lab:vlm"
             )
-        self._loaded, self._grid, self._batch = loaded, grid or digits.GRID, batch
+        self._loaded, self._batch = loaded, batch
         self._digits = digits
-        self.truth = grid is None
 
     def evaluate(
         self, model: nn.Module, run: Run | None = None, limit: int | None = None, progress: Progress | None = None
     ) -> float:
         total = self.scenes if limit is None else limit
         right = 0
-        with torch.no_grad(), self._seeing(model):
+        with torch.no_grad():
             for start in range(0, total, self._batch):
                 count = min(self._batch, total - start)
                 batch, answers, truth = self._asked("test", start, count)
-                if run is not None and self.truth:
+                if run is not None:
                     run.oracle = truth
                 said = model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1].argmax(-1)
                 right += int((said == answers).sum())
@@ -370,7 +369,7 @@ class FindDigit(Task):
 
     def sized(self, context: int, batch: int) -> Batch:
         """Whole pictures of different held-out scenes in every row, and one question at its end."""
-        each = self._grid**2
+        each = self._digits.PATCHES
         count = (context - 2) // each  # beside <bos> and the colour
         if count < 1:
             raise Error(f"context = {context}: one image and a question take {each + 2} tokens")
@@ -388,13 +387,6 @@ class FindDigit(Task):
             labels[:, -1] = answers
             yield batch | {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
-    def downsampled(self, keep: float) -> FindDigit | None:
-        side = math.isqrt(int(keep * self._digits.PATCHES + 1e-9))
-        return FindDigit(self._loaded, grid=side, batch=self._batch) if side else None
-
-    def _seeing(self, model: nn.Module) -> AbstractContextManager[None]:
-        return nullcontext() if self.truth else any_size(model)
-
     def _asked(self, split: str, start: int, count: int) -> tuple[Batch, Tensor, Tensor]:
         """Inputs, (B,) token of the answer, (B, 256) bool patches that hold it."""
         from sparing.lab.vlm import pixels
@@ -403,10 +395,6 @@ class FindDigit(Task):
         asked = [(d.scene(split, i), d.COLOURS[i % len(d.COLOURS)]) for i in range(start, start + count)]
         images = pixels(np.stack([scene.image for scene, _ in asked])).to(model.device, model.dtype)
         ids = torch.stack([scene.prompt_ids(colour) for scene, colour in asked])
-        if self._grid != d.GRID:
-            side = self._grid * d.PATCH
-            images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
-            ids = torch.cat([ids[:, : 1 + self._grid**2], ids[:, -1:]], 1)
         answers = torch.tensor([d.TOKEN[scene.answer(colour)] for scene, colour in asked])
         truth = torch.stack([scene.oracle(colour) for scene, colour in asked])
         ids, answers, truth = (tensor.to(model.device) for tensor in (ids, answers, truth))

@@ -57,8 +57,9 @@ class HiDrop(StreamMethod):
     Departures: the released top-k returns indices only, so no gradient reaches the scores; here the values that
     attention reads from kept tokens are multiplied by 1 + (m - stop(m)) in the layers behind the filter, which trains
     the projections that select (`grid.select.soft_top_k` says how m gets a gradient to c; `Stream.weigh_visual` why not
-    the states). Of tied scores exactly k survive, the earlier tokens. On a model with fewer layers than `exit` the
-    published positions are scaled to its depth. Published results are after training with the schedule (`fit`).
+    the states). Of tied scores exactly k survive, the earlier tokens. On a model with fewer layers than the published
+    `exit` those of inject, filters and exit that are as published are scaled to its depth, those that were set stay.
+    Published results are after training with the schedule (`fit`).
 
     Cost of a decision: a key projection of the alive rows and one row of attention a filter; main attention untouched.
 
@@ -105,18 +106,32 @@ class HiDrop(StreamMethod):
     # ---- schedule
 
     def scaled(self, layers: int) -> Self:
-        """The same method with its layers scaled to a model that is shallower than `exit`."""
+        """The same method on a model of so many layers.
+
+        Where the model is shallower than the published `exit`, the layers that are as published are scaled to its
+        depth. Layers that were set are the model's own: they stay, and the scaled ones make room for them.
+
+        Raises:
+            Error: a layer that was set lies beyond the model's, or all of them do not fit.
+        """
         if self.exit <= layers:
             return self
+        if self.exit != HiDrop.exit:
+            raise Error(f"hidrop: exit = {self.exit}: must be at most {layers}, the layers of the model")
         ratio = layers / 32
-        inject = max(1, round((self.inject - 1) * ratio) + 1)
-        last = min(layers, max(inject + len(self.filters), round(self.exit * ratio)))
-        filters: list[int] = []
-        for f in self.filters:
-            filters.append(min(max(round(f * ratio), inject, filters[-1] + 1 if filters else 0), last - 1))
-        if len(set(filters)) < len(filters):
+        inject, filters, published = self.inject, list(self.filters), self.filters == HiDrop.filters
+        if inject == HiDrop.inject:
+            inject = max(1, round((inject - 1) * ratio) + 1)
+        room = inject + len(filters) if published else max([inject, *(f + 1 for f in filters)])
+        last = min(layers, max(room, round(self.exit * ratio)))
+        if published:
+            filters = []
+            for f in self.filters:
+                filters.append(min(max(round(f * ratio), inject, filters[-1] + 1 if filters else 0), last - 1))
+        if inject > last or len(set(filters)) < len(filters) or max(filters, default=0) >= last:
             raise Error(
-                f"hidrop: {len(filters)} filters do not fit a model of {layers} layers; set inject, filters, exit"
+                f"hidrop: inject = {self.inject}, filters = {self.filters}: do not fit a model of {layers} layers; set "
+                "inject, filters, exit"
             )
         return self.replace(inject=inject, filters=tuple(filters), exit=last)
 
