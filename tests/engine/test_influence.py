@@ -19,7 +19,8 @@ from sparing.testing.models import ARCHITECTURES, LAYERS, build, prompt, single
 
 def final_norm(model: Any) -> Any:
     decoder = View(model).decoder
-    return getattr(decoder, "norm", None) or getattr(decoder, "final_layer_norm", None)
+    names = ("norm", "final_layer_norm", "ln_f", "final_layernorm")
+    return next(getattr(decoder, name) for name in names if hasattr(decoder, name))
 
 
 def turning(name: str) -> Any:

@@ -45,6 +45,24 @@ def named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
     return {**dict(zip(names, args)), **kwargs}
 
 
+def split(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The first argument of a call, for layers and their parts the hidden states, and the others by name."""
+    given = named(function, args, kwargs)
+    return given.pop(next(iter(parameters(function)))), given
+
+
+def mask_parameter(function: Callable[..., Any]) -> str:
+    """The parameter that takes the attention mask.
+
+    Raises:
+        Error: no parameter has "mask" in its name.
+    """
+    found = next((name for name in parameters(function) if "mask" in name), None)
+    if found is None:
+        raise Error(f"{getattr(function, '__qualname__', function)}: no parameter takes an attention mask")
+    return found
+
+
 def cache_parameter(function: Callable[..., Any]) -> str | None:
     """The parameter that takes the KV cache, by its annotation; None where no parameter says so."""
     plain = _plain(function)

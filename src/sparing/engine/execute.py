@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers.cache_utils import Cache, DynamicCache
 
-from sparing.engine.calls import Cut, cache_in, cache_parameter, is_rotary, mask_in, named, parameters, rotary_in
+from sparing.engine.calls import (
+    Cut,
+    cache_in,
+    cache_parameter,
+    is_rotary,
+    mask_in,
+    mask_parameter,
+    named,
+    rotary_in,
+    split,
+)
 from sparing.engine.prompt import Columns, Generation, said
 from sparing.engine.ragged import RaggedLayer, Tap, check_dynamic, ragged
 from sparing.engine.routing import Routing, RoutingMethod, run_experts
@@ -245,8 +255,7 @@ class Pass:
 
     def layer(self, index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run layer `index` on the rows that are alive; gives back what the layer would, with fewer rows."""
-        kwargs = named(forward, args, kwargs)  # by name, so that they can be cut to the rows that run
-        hidden = kwargs.pop(next(iter(parameters(forward))))
+        hidden, kwargs = split(forward, args, kwargs)  # by name, so that they can be cut to the rows that run
         cache = self._cache_of(forward, kwargs, index)
         if self.stream is None:
             if self.cache is None and cache is not None:  # the model made itself one
@@ -390,7 +399,7 @@ class Pass:
         if stream._blend is not None and stream._blend[1]:
             if cache is not None or bypassed is not False or sub:
                 raise Error("blend: hide = True: needs a pass without cache (use_cache=False), and nothing bypassed")
-            kwargs["attention_mask"] = self._native(self._hiding(stream, stream._blend[0]), None)
+            kwargs[mask_parameter(forward)] = self._native(self._hiding(stream, stream._blend[0]), None)
         whole = stream.whole and slot is None and not stream._compact
         if whole and not sub and not isinstance(entry, RaggedLayer):
             self._record(stream, hidden.shape[1], None)
@@ -925,11 +934,11 @@ class Executor:
         work, stream = self.now, self.now.stream if self.now is not None else None
         if work is None or stream is None or work.reading:
             return forward(*args, **kwargs)
-        x = args[0] if args else kwargs.pop("hidden_states")
+        x, kwargs = split(forward, args, kwargs)
         rest: list[Any] = []
 
         def own(x_BND: Tensor) -> Tensor:
-            out = forward(x_BND, *args[1:], **kwargs)
+            out = forward(x_BND, **kwargs)
             rest[:] = out[1:] if isinstance(out, tuple) else ()
             return out[0] if isinstance(out, tuple) else out
 

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from sparing.engine.attach import _tuned, _weights
-from sparing.engine.calls import cache_parameter, with_cache
+from sparing.engine.calls import cache_parameter, mask_parameter, split, with_cache
 from sparing.engine.view import LayerView, View, evaluating
 from sparing.grid.method import Error, Method
 
@@ -244,26 +244,26 @@ class _Tree:
             yield
 
     def _layer(self, layer: LayerView, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        return forward(hidden.repeat(1, len(self.choices), 1), *args[1:], **kwargs)
+        hidden, kwargs = split(forward, args, kwargs)
+        return forward(hidden.repeat(1, len(self.choices), 1), **kwargs)
 
     def _attention(self, layer: LayerView, forward: Any, *args: Any, **kwargs: Any) -> Any:
         """On each state once, for all choices behind it."""
-        x = args[0] if args else kwargs.pop("hidden_states")
+        x, kwargs = split(forward, args, kwargs)
         C, D = len(self.choices), x.shape[-1]
         S = x.shape[1] // C
         m = min(self.width, S)
         start = 0 if layer.sliding is None else max(0, self.column - layer.sliding + 1)
         past = _Prefix(*(held[:, :, start : self.column] for held in self.past[layer.index]))
         seen = torch.cat([x.new_ones(m, self.column - start), torch.eye(m).to(x)], 1).bool()
-        kwargs["attention_mask"] = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, torch.finfo(x.dtype).min)[
-            None, None
-        ]
+        kwargs[mask_parameter(forward)] = torch.zeros_like(seen, dtype=x.dtype).masked_fill(
+            ~seen, torch.finfo(x.dtype).min
+        )[None, None]
         name = cache_parameter(forward)
         if name is None:
             raise Error(f"{forward.__qualname__}: no parameter takes a KV cache (looked for one annotated Cache)")
         kwargs[name] = past
-        out = forward(x[:, :S].reshape(S // m, m, D), *args[1:], **kwargs)
+        out = forward(x[:, :S].reshape(S // m, m, D), **kwargs)
         first, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
         first = first.reshape(1, S, D).repeat(1, C, 1)
         return first if rest is None else (first, *rest)

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from sparing.engine.calls import cache_in
+from sparing.engine.calls import cache_in, split
 from sparing.engine.routing import EXPERT_COUNTS, check_kept, cut_experts, restricted
 from sparing.engine.view import LayerView, View, adds_residual, heads_a_group
 from sparing.grid.method import Error, Method
@@ -110,7 +110,7 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[None]:
 
     def passed(module: nn.Module) -> None:
         def identity(m: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden, _ = split(m.forward, args, kwargs)
             return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
 
         undo.append(module.register_forward_hook(identity, with_kwargs=True).remove)

@@ -450,6 +450,9 @@ def fused_attention(s: Subject) -> None:
         dense = len(calls)
         calls.clear()
         with s.attach(method) as run:
+            _logits(s.model, batch)  # in its first pass the engine looks whether layers turn their keys
+            calls.clear()
+            run.trace.reset()
             _logits(s.model, batch)
             inside = s.model.config._attn_implementation
     finally:
