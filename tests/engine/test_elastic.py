@@ -83,6 +83,41 @@ def test_a_switch_touches_only_what_changes():
         assert elastic.switched == 1
 
 
+def test_a_cut_that_is_refused_half_way_leaves_nothing_behind(monkeypatch):
+    _model, elastic = _elastic("llama")
+    own = [(v.module.self_attn, v.module.mlp) for v in elastic.view.layers]
+    cut_one = Elastic._cut
+
+    def fails(self, index, level):
+        if index == 7:
+            raise Error("no")
+        return cut_one(self, index, level)
+
+    monkeypatch.setattr(Elastic, "_cut", fails)
+    with pytest.raises(Error, match="no"), elastic:
+        elastic.set((0,) * 12)
+    assert [(v.module.self_attn, v.module.mlp) for v in elastic.view.layers] == own and elastic.switched > 6
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_layers_without_sub_layers_add_nothing(name):
+    model = build(name)
+    batch = prompt(name, (7, 5))
+    elastic = Elastic(model, units(model, ["depth"]))
+    if elastic.view.layers[0].mlp is None:  # OPT has no module around its MLP
+        with pytest.raises(Error, match=r"layer 0 \(OPTDecoderLayer\) does more than add"):
+            elastic.empty_layers_are_none(batch["input_ids"])
+        return
+    elastic.empty_layers_are_none(batch["input_ids"])
+    assert elastic.genome == elastic.dense and elastic.switched > 0
+    layer = model.get_decoder().layers[4]
+    scale = layer.register_forward_hook(lambda m, a, out: (2 * out[0], *out[1:]) if isinstance(out, tuple) else 2 * out)
+    with pytest.raises(Error, match=rf"layer 4 \({type(layer).__name__}\) does more than add"):
+        elastic.empty_layers_are_none(batch["input_ids"])
+    scale.remove()
+    assert elastic.genome == elastic.dense and not model.training
+
+
 def test_narrower_widths_are_subsets_and_nothing_cut_is_the_dense_model():
     _model, elastic = _elastic("llama")
     for index, unit in enumerate(elastic.units):

@@ -288,6 +288,14 @@ def test_plans_that_do_not_fit_are_refused(layers: list[LayerCut | None], messag
             act(model_of("llama"), Plan(tuple(layers)))
 
 
+def test_a_sub_layer_that_was_not_found_cannot_go() -> None:
+    model = build("opt")  # its MLP has no module of its own
+    plan = Plan(tuple(LayerCut(mlp=i != 2) for i in range(LAYERS)))
+    for act in (cut, lambda *both: masked(*both).__enter__()):
+        with pytest.raises(sparing.Error, match="plan: the mlp of layer 2 goes; none was found in OPTDecoderLayer"):
+            act(model, plan)
+
+
 def test_layers_that_do_not_fall_apart_are_refused() -> None:
     one = Plan((LayerCut(few(1)), *[LayerCut()] * (LAYERS - 1)))
     olmo = hf.Olmo2ForCausalLM(hf.Olmo2Config(**_SIZES))  # its q and k norms span all heads

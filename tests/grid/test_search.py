@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from sparing.grid.method import Error
-from sparing.grid.search import Evolution, Stage, crossed, moves, switched, to_mean
+from sparing.grid.search import Evolution, Stage, best_of, crossed, distinct, moves, switched, to_mean
 
 
 def _additive(errors):
@@ -77,6 +77,36 @@ def test_not_a_number_loses():
     assert search.run(1) == (0, 1)
 
 
+def test_a_parent_survives_children_that_are_all_not_a_number():
+    fitness = lambda cs, e, d: [2.0 if c == (1, 0, 0) else float("nan") for c in cs]  # noqa: E731
+    search = Evolution([(1, 0, 0)], _swap(3), fitness, offspring=2, stages=[Stage(2), Stage(1)])
+    assert search.run(4) == (1, 0, 0) and search.history == [2.0] * 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_nothing_finite_is_refused(value):
+    search = Evolution([(1, 0)], _swap(2), lambda cs, e, d: [value] * len(cs), offspring=1, stages=[Stage(1)])
+    with pytest.raises(Error, match="fitness: not a finite number for any of 2 candidates"):
+        search.step()
+    assert search.parents == [(1, 0)] and search.generation == 0
+    with pytest.raises(Error, match="any of 3 candidates"):
+        best_of([(0,), (1,), (2,)], [value] * 3)
+
+
+def test_the_best_is_the_lowest_finite_value_wherever_it_stands():
+    nan, inf = float("nan"), float("inf")
+    for values in itertools.permutations([nan, 3.0, -inf, 2.0, inf]):
+        assert best_of([(i,) for i in range(5)], values) == (values.index(2.0),)
+    assert best_of([(0,), (1,), (2,)], [5.0, 1.0, 1.0]) == (1,)
+
+
+def test_distinct_points_are_as_many_as_asked_or_all_there_are():
+    rng = random.Random(0)
+    seldom = lambda r: (min(r.randrange(100), r.randrange(100)),)  # noqa: E731
+    assert [len(set(distinct(seldom, n, rng))) for n in (1, 64, 80)] == [1, 64, 80]
+    assert sorted(distinct(lambda r: (r.randrange(9),), 64, rng)) == [(i,) for i in range(9)]
+
+
 def test_population_and_elites_as_a_genetic_algorithm():
     target = (3, 1, 4, 1, 5)
     fitness = lambda cs, e, d: [sum(abs(a - b) for a, b in zip(c, target)) for c in cs]  # noqa: E731
@@ -98,6 +128,16 @@ def test_switches_keep_the_sum_and_the_limits():
         new = switched(genome, [range(4), range(4, 9)], -3, 3, rng)
         assert sum(new[:4]) == sum(genome[:4]) and sum(new[4:]) == sum(genome[4:])
         assert all(-3 <= level <= 3 for level in new)
+
+
+def test_groups_have_their_turn_in_proportion_to_their_units():
+    rng, single = random.Random(0), Counter()
+    for _ in range(8000):
+        new = switched((0,) * 10, [range(2), range(2, 10)], -9, 9, rng)
+        moved = [i for i, level in enumerate(new) if level]
+        if len(moved) == 2 and max(new) == 1:  # one switch
+            single[moved[0] < 2] += 1
+    assert single[True] / single.total() == pytest.approx(0.2, abs=0.02)
 
 
 def test_mutation_counts_have_their_frequencies():

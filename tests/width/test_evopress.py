@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
+import logging
+import math
 import random
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 
 import sparing
 from sparing.engine.banks import Bank
@@ -17,14 +22,77 @@ from sparing.engine.surgery import prune
 from sparing.grid.method import BudgetError, Error
 from sparing.grid.score import divergence
 from sparing.grid.search import Evolution, Stage, moves, switched
-from sparing.testing.models import build, prompt
-from sparing.width.evopress import EvoPress
+from sparing.testing.models import _SIZES, build, prompt
+from sparing.width import evopress
+from sparing.width.evopress import PUBLISHED, WIDTHS, EvoPress
 
 SHORT = {"generations": 4, "offspring": 6, "survivors": (2, 1), "tokens": (40, 120)}
 
 
 def _data(length=24, rows=5):
     return [prompt("llama", (length,) * rows, side="none", seed=s) for s in (1, 2)]
+
+
+class Recorder(Evolution):
+    """Notes what a search was asked to do, and stays at its start."""
+
+    asked: dict[str, Any]
+
+    def __init__(self, start, breed, fitness, **options):
+        super().__init__(start, breed, fitness, **options)
+        Recorder.asked = {"start": start[0], "breed": breed, "fitness": fitness, **options}
+
+    def run(self, generations, each=lambda: None):
+        Recorder.asked["generations"] = generations
+        return self.best
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Of a fit: what its search was asked to do; the search itself does not run."""
+    monkeypatch.setattr(evopress, "Evolution", Recorder)
+
+    def fit(model=None, bank=None, data=None, **fields):
+        method = EvoPress(**{**SHORT, **fields})
+        method.fit(model or build("llama"), data or _data(), bank=bank, progress=False)
+        return Recorder.asked
+
+    return fit
+
+
+class _Even:
+    """A fitness to which all candidates are alike."""
+
+    def __init__(self, dearest):
+        self.dearest, self.sample = dearest, torch.ones(1, 3, dtype=torch.long)
+
+    def __call__(self, candidates, effort, draw):
+        return [1.0] * len(candidates)
+
+
+@pytest.fixture
+def even(monkeypatch):
+    """Nothing is evaluated."""
+    monkeypatch.setattr(evopress, "Fidelity", lambda *_, dearest, **__: _Even(dearest))
+
+
+@pytest.fixture(scope="module")
+def banks(tmp_path_factory):
+    """Folders of the two kinds of banks of the tiny Llama, made by the first fit that needs them."""
+    return {levels: tmp_path_factory.mktemp(levels) / "bank" for levels in ("sparsity", "bits")}
+
+
+def _loss(model, method, ids, top_k=None):
+    """KL of the dense model to the one with a fitted method, mean over positions, in float64 and by the formula."""
+    with torch.no_grad():
+        dense = model(ids).logits.double()
+        with sparing.attach(model, method):
+            there = model(ids).logits.double()
+    if top_k is not None:
+        best = dense.topk(top_k).indices
+        dense, there = dense.gather(-1, best), there.gather(-1, best)
+    p, q = dense.log_softmax(-1), there.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -92,15 +160,25 @@ def test_oracle_6_one_minibatch_a_stage_and_the_same_seed_the_same_way():
 
 @pytest.mark.parametrize("levels", ["depth", "sparsity"])
 def test_oracle_7_nothing_dropped_is_the_dense_model(levels):
+    """Depth: nothing goes. Sparsity: at half of zeros nothing goes of a model that has six tenths of them already."""
     model, batch = build("llama"), prompt("llama", (7, 5))
+    if levels == "sparsity":
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "layers" in name and p.ndim == 2:
+                    p[p.abs() <= p.abs().flatten().kthvalue(int(0.6 * p.numel())).values] = 0
     with torch.no_grad():
         dense = model(**batch).logits
-    if levels == "depth":
-        method = EvoPress(amount=0.0, **SHORT).fit(model, _data(), progress=False)
-        with sparing.attach(model, method), torch.no_grad():
+    less = {"depth": 0.0, "sparsity": 0.5}
+    more = {"depth": 0.5, "sparsity": 0.8}
+    for amount, same in ((less[levels], True), (more[levels], False)):
+        method = EvoPress(levels=levels, amount=amount, **{**SHORT, "generations": 0})
+        fitted = method.fit(model, _data(), progress=False)
+        with torch.no_grad():
             assert torch.equal(model(**batch).logits, dense)
-    with torch.no_grad():
-        assert torch.equal(model(**batch).logits, dense)
+            with sparing.attach(model, fitted):
+                assert torch.equal(model(**batch).logits, dense) == same
+            assert torch.equal(prune(model, fitted)(**batch).logits, dense) == same
 
 
 def test_oracle_8_divergence_in_chunks():
@@ -131,13 +209,234 @@ def test_oracle_9_beats_the_sum_of_errors_where_two_drops_cancel():
     fitness = lambda cs, e, d: [error({i for i, g in enumerate(c) if g}) for c in cs]  # noqa: E731
     breed = lambda parents, rng: switched(parents[0], [range(6)], 0, 1, rng)  # noqa: E731
     found = [
-        Evolution([(1, 1, 0, 0, 0, 0)], breed, fitness, offspring=8, stages=[Stage(1)], seed=s).run(12)
+        Evolution([(1, 1, 0, 0, 0, 0)], breed, fitness, offspring=8, stages=[Stage(1)], seed=s).run(40)
         for s in range(5)
     ]
     assert all(error({i for i, g in enumerate(c) if g}) < error(by_sum) for c in found)
 
 
+# --------------------------------------------------------------------------- settings as published
+
+
+def test_the_published_table():
+    assert PUBLISHED == {
+        "depth": (None, 32, (2, 1), (2048, 32768)),
+        "sparsity": (400, 64, (8, 2, 1), (2048, 16384, 65536)),
+        "bits": (150, 128, (16, 4, 1), (2048, 16384, 131072)),
+    }
+    assert WIDTHS == (2, 3, 4, 5, 6)
+
+
+@pytest.mark.parametrize("levels", PUBLISHED)
+def test_the_published_settings_are_the_defaults(levels, asked, banks, even):
+    short = {"amount": {"depth": 0.34, "sparsity": 0.5, "bits": 3.5}[levels], **dict.fromkeys(SHORT)}
+    search = asked(levels=levels, bank=banks.get(levels), **short)
+    generations, offspring, survivors, tokens = PUBLISHED[levels]
+    assert search["generations"] == (generations or 5)
+    assert search["offspring"] == offspring
+    assert search["stages"] == [Stage(c, t) for c, t in zip(survivors, tokens, strict=True)]
+    assert search["fitness"].dearest == tokens[-1]
+
+
+@pytest.mark.parametrize(("gone", "generations"), [(0, 0), (1, 3), (2, 5), (3, 6), (4, 5), (5, 3)])
+def test_depth_runs_for_two_thirds_of_k_times_what_is_left(gone, generations, asked, even):
+    """int(k (L - k) / 1.5) of L = 6."""
+    assert asked(amount=gone / 6 + 0.01, generations=None)["generations"] == generations
+
+
+# --------------------------------------------------------------------------- where it starts
+
+
+def _whole(**fields):
+    """Every judgement on all 240 tokens, so that values can be computed by hand."""
+    return EvoPress(**{**SHORT, "survivors": (1,), "tokens": (240,), **fields})
+
+
+def test_depth_starts_from_the_best_of_all_points_where_there_are_fewer_than_64(caplog):
+    model = build("llama")
+    with caplog.at_level(logging.WARNING):
+        start = _whole(amount=0.17, generations=0).fit(model, _data(), progress=False)
+    assert "the best of all 36 points there are, not of 64" in caplog.text
+    ids = torch.cat([batch["input_ids"] for batch in _data()])
+    losses = {}
+    for a, m in itertools.product(range(6), repeat=2):
+        kept = [torch.tensor([int(i != j) for i in range(6)], dtype=torch.uint8) for j in (a, m)]
+        losses[a, m] = _loss(model, EvoPress(amount=0.17).with_state({"attention": kept[0], "mlp": kept[1]}), ids)
+    found = tuple(int((start.state[site] == 0).nonzero()) for site in ("attention", "mlp"))
+    assert found == min(losses, key=losses.__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("fields", "count"),
+    [({"amount": 0.34}, 64), ({"amount": 0.34, "blocks": True}, 15), ({"levels": "bits", "amount": 3.5}, 64)],
+)
+def test_starts_are_64_and_no_two_alike(fields, count, asked, banks, monkeypatch):
+    seen = []
+
+    def noted(self, candidates, effort, draw):
+        seen.append((effort, list(candidates)))
+        return [float(i == 5) for i in range(len(candidates), 0, -1)]
+
+    monkeypatch.setattr(Fidelity, "__call__", noted)
+    search = asked(bank=banks.get(fields.get("levels")), **fields)
+    [(effort, points)] = seen
+    assert len(points) == len(set(points)) == count
+    assert effort == SHORT["tokens"][0]
+    assert search["start"] == points[0]
+
+
+def test_a_starting_point_that_is_not_a_number_never_wins(asked, monkeypatch):
+    def sick(self, candidates, effort, draw):
+        seen.extend(candidates)
+        return [math.nan if i % 2 == 0 else 9.0 - (i == 7) for i in range(len(candidates))]
+
+    seen = []
+    monkeypatch.setattr(Fidelity, "__call__", sick)
+    assert asked(amount=0.34)["start"] == seen[7]
+
+
+@pytest.mark.parametrize("amount", [0.34, 0.0])
+def test_a_model_without_finite_logits_is_refused(amount):
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[0, 0] = math.nan
+    with pytest.raises(Error, match=r"fitness: not a finite number for any of \d+ candidates; does the model itself"):
+        EvoPress(amount=amount, **SHORT).fit(model, _data(), progress=False)
+
+
+@pytest.mark.parametrize(("levels", "amount"), [("sparsity", 0.5), ("bits", 3.0)])
+def test_sparsity_and_whole_bits_start_from_the_uniform_level(levels, amount, asked, banks, even):
+    level = {"sparsity": 0, "bits": WIDTHS.index(3)}[levels]
+    assert set(asked(levels=levels, amount=amount, bank=banks[levels])["start"]) == {level}
+
+
+# --------------------------------------------------------------------------- children and fitness
+
+
+@pytest.mark.parametrize("search", ["evolve", "random"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"amount": 0.34},
+        {"amount": 0.34, "blocks": True},
+        {"levels": "sparsity", "amount": 0.5},
+        {"levels": "bits", "amount": 3.0},
+        {"levels": "bits", "amount": 5.5},
+    ],
+    ids=str,
+)
+def test_oracle_1_children_of_children_keep_the_budget(fields, search, asked, banks, even):
+    levels = fields.get("levels", "depth")
+    made = asked(bank=banks.get(levels), search=search, **fields)
+    rng, child, names = random.Random(2), made["start"], ()
+    if levels != "depth":
+        bank = Bank.open(banks[levels])
+        names, sizes = bank.names, [bank.size(name) for name in bank.names]
+
+    def spent(genome):
+        if levels == "depth":
+            assert not fields.get("blocks") or genome[::2] == genome[1::2]
+            return sum(genome[::2]), sum(genome[1::2])
+        if levels == "sparsity":
+            assert all(level in bank.levels(name) for name, level in zip(names, genome, strict=True))
+            return sum(genome)
+        return sum(WIDTHS[level] * size for level, size in zip(genome, sizes, strict=True))
+
+    first, seen = spent(child), {child}
+    for _ in range(300):
+        child = made["breed"]([child], rng)
+        seen.add(child)
+        if search == "evolve" or levels != "bits" or fields["amount"] in WIDTHS:
+            assert spent(child) == first
+        else:  # a random start of fractional bits is within one matrix of the budget
+            assert 5.5 * sum(sizes) - max(sizes) < spent(child) <= 5.5 * sum(sizes)
+    assert len(seen) > (14 if fields.get("blocks") else 100)  # of whole layers there are 15 choices
+
+
+def test_sizes_exchange_bits_in_proportion_to_their_matrices(asked, banks, even):
+    made = asked(levels="bits", amount=3.0, bank=banks["bits"])
+    bank = Bank.open(banks["bits"])
+    sizes = [bank.size(name) for name in bank.names]
+    assert Counter(sizes) == {1024: 12, 512: 12, 1536: 18}  # q, o; k, v; gate, up, down
+    rng, turns = random.Random(0), Counter()
+    for _ in range(4000):
+        child = made["breed"]([made["start"]], rng)
+        moved = [size for size, a, b in zip(sizes, child, made["start"]) if a != b]
+        if len(moved) == 2:
+            assert moved[0] == moved[1]
+            turns[moved[0]] += 1
+    assert [turns[size] / turns.total() for size in (1024, 512, 1536)] == pytest.approx([2 / 7, 2 / 7, 3 / 7], abs=0.03)
+
+
+@pytest.mark.parametrize("fields", [{}, {"top_k": 3}, {"measure": "perplexity"}], ids=str)
+def test_fitness_is_what_the_fields_say(fields, tmp_path):
+    """The value that the last generation notes is the one computed by hand for what was found."""
+    model = build("llama")
+    method = _whole(amount=0.34, generations=1, **fields)
+    fitted = method.fit(model, _data(), checkpoint=tmp_path, progress=False)
+    [value] = json.loads((tmp_path / "evopress.json").read_text())["values"]
+    ids = torch.cat([batch["input_ids"] for batch in _data()])
+    if "measure" in fields:
+        with sparing.attach(model, fitted), torch.no_grad():
+            expected = model(ids, labels=ids).loss.exp().item()
+    else:
+        expected = _loss(model, fitted, ids, fields.get("top_k"))
+    assert value == pytest.approx(expected, rel=1e-3)
+
+
+def test_seeds_differ():
+    model, found = build("llama"), set()
+    for seed in range(4):
+        method = EvoPress(amount=0.34, seed=seed, **{**SHORT, "generations": 0, "tokens": (10, 10)})
+        fitted = method.fit(model, _data(), progress=False)
+        found.add(tuple(torch.stack([fitted.state["attention"], fitted.state["mlp"]]).flatten().tolist()))
+    assert len(found) > 1
+
+
 # --------------------------------------------------------------------------- on a model
+
+
+def _gpt_oss():
+    torch.manual_seed(0)
+    config = hf.GptOssConfig(
+        **{**_SIZES, "max_position_embeddings": 4096 * 32}, head_dim=16, num_local_experts=4, num_experts_per_tok=2,
+        sliding_window=8,
+    )  # fmt: skip
+    model = hf.GptOssForCausalLM(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():  # sinks and biases are not zero
+            p.mul_(4) if p.ndim >= 2 else p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+@pytest.mark.parametrize(("levels", "amount"), [("depth", 0.5), ("sparsity", 0.5), ("bits", 3.0)])
+def test_gpt_oss_with_its_sinks_biases_and_experts_that_give_back_two_things(levels, amount):
+    """Rows in pairs: there a block that gives back one tensor instead of two would be taken apart by its rows."""
+    model, batch = _gpt_oss(), prompt("llama", (7, 5))
+    with torch.no_grad():
+        dense = model(**batch).logits
+    data = [prompt("llama", (24, 24), side="none", seed=s) for s in range(3)]
+    method = EvoPress(levels=levels, amount=amount, **{**SHORT, "generations": 1, "tokens": (40, 48)})
+    fitted = method.fit(model, data, progress=False)
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, dense)
+        small = prune(model, fitted)
+        with sparing.attach(model, fitted):
+            there = model(**batch).logits
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(small(**batch).logits[real], there[real], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(there[real], dense[real], atol=1e-2)
+    if levels == "depth":
+        alone = small(input_ids=batch["input_ids"][:1], attention_mask=batch["attention_mask"][:1]).logits
+        torch.testing.assert_close(alone, small(**batch).logits[:1], rtol=1e-4, atol=1e-4)
+
+
+def test_layers_without_an_attention_that_was_found_are_refused_by_name():
+    model = build("llama")
+    model.model.layers[3].attend = model.model.layers[3].self_attn
+    del model.model.layers[3].self_attn
+    with pytest.raises(Error, match=r"levels = depth: layer 3 \(LlamaDecoderLayer\) has no attention module"):
+        EvoPress(**SHORT).fit(model, _data(), progress=False)
 
 
 def test_depth_finds_the_best_of_all_choices_on_a_small_model():
@@ -169,15 +468,15 @@ def test_random_search_is_a_control_with_as_many_evaluations():
 
 
 @pytest.mark.parametrize(("levels", "amount"), [("sparsity", 0.5), ("bits", 3.0), ("bits", 3.5)])
-def test_sparsity_and_bits_hold_their_budget_and_restore_the_model(levels, amount, tmp_path):
+def test_sparsity_and_bits_hold_their_budget_and_restore_the_model(levels, amount, tmp_path, banks):
     model, batch = build("llama"), prompt("llama", (7, 5))
     with torch.no_grad():
         dense = model(**batch).logits
     method = EvoPress(levels=levels, amount=amount, **SHORT)
-    fitted = method.fit(model, _data(), bank=tmp_path / "bank", progress=False)
+    fitted = method.fit(model, _data(), bank=banks[levels], progress=False)
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, dense)
-    bank = Bank.open(tmp_path / "bank")
+    bank = Bank.open(banks[levels])
     sizes = torch.tensor([bank.size(name) for name in bank.names])
     level = fitted.state["levels"]
     if levels == "sparsity":
@@ -201,12 +500,17 @@ def test_an_interrupted_search_ends_where_an_undisturbed_one_ends(tmp_path):
     method.replace(generations=2).fit(model, _data(), checkpoint=tmp_path, progress=False)
     resumed = method.fit(model, _data(), checkpoint=tmp_path, progress=False)
     assert all(torch.equal(resumed.state[k], v) for k, v in whole.state.items())
+    history = json.loads((tmp_path / "evopress.json").read_text())["history"]
+    assert len(history) == 4
+    for change, said in (({"amount": 0.5}, "amount 0.34, now 0.5"), ({"blocks": True}, "blocks False, now True")):
+        with pytest.raises(Error, match=rf"checkpoint = '.*': of another search: {said}"):
+            method.replace(**change).fit(model, _data(), checkpoint=tmp_path, progress=False)
 
 
 def test_errors_name_what_is_wrong():
     with pytest.raises(Error, match=r"amount = 1\.5: must be below 1"):
         EvoPress(amount=1.5)
-    with pytest.raises(Error, match=r"amount = 9: bits must be in \[2, 8\]"):
+    with pytest.raises(Error, match=r"amount = 9: bits must be in \[2, 6\]"):
         EvoPress(levels="bits", amount=9)
     with pytest.raises(Error, match=r"survivors = None, tokens = .*one entry a stage"):
         EvoPress(tokens=(5, 6))

@@ -30,7 +30,7 @@ from sparing.engine.view import evaluating
 from sparing.grid.costs import CostTable
 from sparing.grid.files import read_json
 from sparing.grid.method import Error
-from sparing.grid.search import Evolution, Genome, Stage, moves
+from sparing.grid.search import Evolution, Genome, Stage, best_of, moves
 
 TARGETS = {"speedup": "seconds", "flops": "flops", "params": "params"}
 GENERATIONS = 40
@@ -418,7 +418,7 @@ class Search:
         if not points:
             raise Error(f"{self.target.kind} = {self.target.value:g}: no candidate keeps it; lower it, or add an axis")
         values = self.fitness(points, self._evolution["stages"][-1].effort, self._seed)
-        return [points[min(range(len(points)), key=values.__getitem__)]]
+        return [best_of(points, values)]
 
     def _generate(self, search: Evolution, state: dict[str, Any]) -> None:
         total = self._generations * (state["round"] + 2) // 2  # a round after the first is half as long

@@ -248,6 +248,9 @@ def _checked_section(section: Any) -> list[dict[str, Any]]:
         for key in (*counts, *(["experts"] if "experts" in entry else [])):
             if type(entry.get(key)) is not int or not 0 <= entry[key] < 1 << 40:
                 raise Error(f"{where}: layer {index}: {key} = {short(entry.get(key))}: must be a whole number >= 0")
+        outputs = entry.get("mlp_outputs", 1)
+        if type(outputs) is not int or not 1 <= outputs <= 8:
+            raise Error(f"{where}: layer {index}: mlp_outputs = {short(outputs)}: must be a whole number in 1..8")
         for key in ("attention", "mlp"):
             if not isinstance(entry.get(key, True), bool):
                 raise Error(f"{where}: layer {index}: {key} = {short(entry[key])}: must be true or false")
@@ -293,11 +296,11 @@ def _reshape(model: nn.Module, shapes: list[dict[str, Any]]) -> None:
     for layer, entry in zip(view.layers, shapes, strict=True):
         groups, neurons = entry["num_key_value_heads"], entry["intermediate_size"]
         if not entry.get("attention", True) and layer.attention is not None:
-            drop_attention(layer)
+            drop_attention(layer, int(view.config.hidden_size))
         elif groups != layer.groups:
             cut_attention(layer, LayerCut(groups=torch.arange(groups)))
         if not entry.get("mlp", True) and layer.mlp is not None:
-            drop_mlp(layer, int(view.config.hidden_size))
+            drop_mlp(layer, int(view.config.hidden_size), outputs=entry.get("mlp_outputs", 1))
         elif neurons != layer.neurons:
             cut_mlp(layer, LayerCut(neurons=torch.arange(neurons)))
         elif layer.experts is not None and entry.get("experts", layer.experts.count) != layer.experts.count:

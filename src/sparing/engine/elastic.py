@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from sparing.engine.calls import parameters
 from sparing.engine.routing import cut_experts
 from sparing.engine.surgery import LayerCut, Plan, cut_attention, cut_mlp, drop_attention, drop_mlp
 from sparing.engine.units import compensation, unit_scores
-from sparing.engine.view import LayerView, View, heads_a_group
+from sparing.engine.view import LayerView, View, evaluating, heads_a_group
 from sparing.grid.method import Error
 from sparing.grid.search import Genome
 
@@ -209,12 +212,43 @@ class Elastic:
 
     def set(self, genome: Genome) -> None:
         """The live model at these levels."""
-        for index, (old, new) in enumerate(zip(self.genome, genome, strict=True)):
-            if old != new:
-                layer = self.view.layers[self.units[index].layer]
-                setattr(layer.module, self._names[index], self._module(index, new))
-                self.switched += 1
-        self.genome = tuple(genome)
+        now = list(self.genome)
+        try:
+            for index, (old, new) in enumerate(zip(self.genome, genome, strict=True)):
+                if old != new:
+                    layer = self.view.layers[self.units[index].layer]
+                    setattr(layer.module, self._names[index], self._module(index, new))
+                    now[index] = new
+                    self.switched += 1
+        finally:  # a cut that is refused leaves the others to be undone
+            self.genome = tuple(now)
+
+    def empty_layers_are_none(self, input_ids_BT: Tensor) -> None:
+        """Tries whether layers without attention and MLP pass on what they read: `plan` takes such a layer out whole.
+
+        Raises:
+            Error: one does more, e.g. has a norm or a scale behind the sum; names it.
+        """
+        more: list[int] = []
+
+        def compare(index: int, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            read = args[0] if args else kwargs[next(iter(parameters(module.forward)))]
+            if not torch.equal(read, out[0] if isinstance(out, tuple) else out):
+                more.append(index)
+
+        with contextlib.ExitStack() as stack, evaluating(self.model), torch.no_grad():
+            stack.callback(self.set, self.genome)
+            for layer in self.view.layers:
+                hook = functools.partial(compare, layer.index)
+                stack.callback(layer.module.register_forward_hook(hook, with_kwargs=True).remove)
+            self.set((0,) * len(self.units))
+            self.model(input_ids=input_ids_BT, use_cache=False)
+        if more:
+            what = f"layer {more[0]} ({type(self.view.layers[more[0]].module).__name__})"
+            raise Error(
+                f"{type(self.model).__name__}: {what} does more than add its attention and its MLP to what it reads, "
+                "so neither can be taken out alone"
+            )
 
     def _module(self, index: int, level: int) -> nn.Module:
         if level == self.dense[index]:
@@ -239,7 +273,7 @@ class Elastic:
             if part.attention:
                 cut_attention(one, part)
             else:
-                drop_attention(one)
+                drop_attention(one, int(self.view.config.hidden_size))
         else:
             one = replace(one, mlp=holder.part)
             if part.experts is not None:

@@ -63,6 +63,11 @@ class Fidelity:
                 "or ask for less"
             )
 
+    @property
+    def sample(self) -> Tensor:
+        """The first tokens of the data, (1, 8) or fewer."""
+        return self._rows[0][None, :8]
+
     def __call__(self, candidates: Sequence[Genome], effort: int, draw: int) -> list[float]:
         """Mean divergence (or perplexity) of each candidate on `effort` tokens, the minibatch fixed by `draw`."""
         if effort > self.tokens:

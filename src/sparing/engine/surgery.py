@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from sparing.engine.calls import cache_in, split
+from sparing.engine.calls import cache_in, parameters, split
 from sparing.engine.routing import EXPERT_COUNTS, check_kept, cut_experts, restricted
-from sparing.engine.view import LayerView, View, adds_residual, heads_a_group
+from sparing.engine.view import LayerView, View, evaluating, heads_a_group
 from sparing.grid.method import Error, Method
 
 SECTION = "sparing"  # of config.json
@@ -103,10 +103,14 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[None]:
             undo.append(module.register_forward_hook(lambda m, a, out: out + bias.to(out)).remove)
 
     def silent(module: nn.Module) -> None:
-        def zero(m: nn.Module, a: Any, out: Any) -> Any:
-            return (torch.zeros_like(out[0]), *out[1:]) if isinstance(out, tuple) else torch.zeros_like(out)
+        names = tuple(parameters(module.forward))
 
-        undo.append(module.register_forward_hook(zero).remove)
+        def nothing(m: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+            first = out[0] if isinstance(out, tuple) else out
+            first = _onto(names, torch.zeros_like(first), args, kwargs)
+            return (first, *out[1:]) if isinstance(out, tuple) else first
+
+        undo.append(module.register_forward_hook(nothing, with_kwargs=True).remove)
 
     def passed(module: nn.Module) -> None:
         def identity(m: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
@@ -147,12 +151,10 @@ def _checked(model: nn.Module, plan: Plan) -> View:
     if all(cut is None for cut in plan.layers):
         raise Error("plan: no layer is left")
     for layer, cut in zip(view.layers, plan.layers, strict=True):
-        for part, gone in (
-            (layer.attention, cut is not None and not cut.attention),
-            (layer.mlp, cut is not None and not cut.mlp),
-        ):
-            if gone and part is not None and (why := adds_residual(part)) is not None:
-                raise Error(f"plan: layer {layer.index} of {type(model).__name__} {why}")
+        for site in ("attention", "mlp") if cut is not None else ():
+            if not getattr(cut, site) and getattr(layer, site) is None:
+                what = type(layer.module).__name__
+                raise Error(f"plan: the {site} of layer {layer.index} goes; none was found in {what}")
         if cut is not None and cut.attention and cut.groups is not None:
             _fits(layer, "groups", cut.groups, layer.groups)
             if 0 < cut.groups.numel() < layer.groups:
@@ -225,34 +227,71 @@ class NoAttention(nn.Module):
     """In place of a removed attention: adds nothing but, if all heads were cut with compensation, their mean.
 
     It notes one number a token in the KV cache: models read the length of the past off the cache of their first layer.
+
+    Args:
+        names: of the arguments that the removed one took.
     """
 
-    def __init__(self, hidden: int, head_dim: int, layer_idx: int, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, hidden: int, head_dim: int, layer_idx: int, bias: Tensor | None = None, names: tuple[str, ...] = ()
+    ) -> None:
         super().__init__()
+        self.names = names
         self.head_dim = head_dim
         self.layer_idx = layer_idx
         self.k_proj = Absent(0)
         self.o_proj = Absent(hidden, bias)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        _, cache = cache_in(
-            {**{str(i): arg for i, arg in enumerate(args)}, **kwargs}
-        )  # by value: modelling files name it differently
+        placed = {str(i): value for i, value in enumerate(args)}
+        _, cache = cache_in({**placed, **kwargs})  # by value: modelling files name it differently
         if cache is not None:
             token_B1T1 = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
             cache.update(token_B1T1, token_B1T1, self.layer_idx)
-        return self.o_proj(hidden_states[..., :0]), None
+        return _onto(self.names, self.o_proj(hidden_states[..., :0]), (hidden_states, *args), kwargs), None
 
 
 class NoMLP(nn.Module):
-    """In place of a removed MLP: adds nothing but, if all neurons were cut with compensation, their mean."""
+    """In place of a removed MLP: adds nothing but, if all neurons were cut with compensation, their mean.
 
-    def __init__(self, hidden: int, bias: Tensor | None = None) -> None:
+    Args:
+        names: of the arguments that the removed one took.
+        outputs: that it gave back; some blocks of experts hand on what their router said.
+    """
+
+    def __init__(self, hidden: int, bias: Tensor | None = None, names: tuple[str, ...] = (), outputs: int = 1) -> None:
         super().__init__()
+        self.names, self.outputs = names, outputs
         self.down_proj = Absent(hidden, bias)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(hidden_states[..., :0])
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = _onto(self.names, self.down_proj(hidden_states[..., :0]), (hidden_states, *args), kwargs)
+        return out if self.outputs == 1 else (out, *[None] * (self.outputs - 1))
+
+
+def _onto(names: tuple[str, ...], out: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """`out` added to the residual, where a sub-layer is handed that and not its layer adds it (BLOOM, MPT)."""
+    residual = {**dict(zip(names, args)), **kwargs}.get("residual")
+    return out if residual is None else residual + out
+
+
+def _outputs(layer: LayerView, hidden: int) -> int:
+    """How many things a layer's MLP gives back, seen on one token of zeros; 1 of an MLP without weights."""
+    mlp: Any = layer.mlp
+    weight = next((p for p in mlp.parameters() if p.is_floating_point()), None)
+    if isinstance(mlp, NoMLP) or weight is None or weight.is_meta:
+        return getattr(mlp, "outputs", 1)
+    zero_11D = torch.zeros(1, 1, hidden, dtype=weight.dtype, device=weight.device)
+    extra = {name: zero_11D for name in ("residual",) if name in parameters(mlp.forward)}
+    try:
+        with torch.no_grad(), evaluating(mlp):
+            out = mlp.forward(zero_11D, **extra)
+    except Exception as problem:  # of a foreign module, whatever its kind
+        raise Error(
+            f"layer {layer.index}: {type(mlp).__name__} cannot be removed, as it does not run on hidden states alone "
+            f"({type(problem).__name__}: {problem})"
+        ) from problem
+    return len(out) if isinstance(out, tuple) else 1
 
 
 class _OwnConfig:
@@ -301,23 +340,33 @@ def _left(linear: nn.Module, bias: Tensor | None) -> Tensor | None:
     return sum(both[1:], both[0]).to(weight.dtype if old is None else old.dtype, copy=True) if both else None
 
 
-def drop_attention(layer: LayerView, bias: Tensor | None = None) -> None:
+def drop_attention(layer: LayerView, hidden: int, bias: Tensor | None = None) -> None:
     """Put in place of a layer's attention what adds `bias` or nothing."""
-    hidden = layer.projection("o_proj").out_features
-    place = getattr(layer.attention, "layer_idx", layer.index)
-    _put(layer, layer.attention, NoAttention(hidden, layer.head_dim, place, bias))
+    attention: Any = layer.attention
+    place = getattr(attention, "layer_idx", layer.index)
+    _put(layer, attention, NoAttention(hidden, layer.head_dim, place, bias, _names(attention)))
 
 
-def drop_mlp(layer: LayerView, hidden: int, bias: Tensor | None = None) -> None:
-    """Put in place of a layer's MLP or experts what adds `bias` or nothing."""
-    _put(layer, layer.mlp, NoMLP(hidden, bias))
+def drop_mlp(layer: LayerView, hidden: int, bias: Tensor | None = None, outputs: int | None = None) -> None:
+    """Put in place of a layer's MLP or experts what adds `bias` or nothing.
+
+    Args:
+        outputs: things that the MLP gives back; None finds out.
+    """
+    count = _outputs(layer, hidden) if outputs is None else outputs
+    _put(layer, layer.mlp, NoMLP(hidden, bias, _names(layer.mlp), count))
+
+
+def _names(part: Any) -> tuple[str, ...]:
+    return part.names if isinstance(part, (NoAttention, NoMLP)) else tuple(parameters(part.forward))
 
 
 def cut_attention(layer: LayerView, cut: LayerCut) -> None:
     attention: Any = layer.attention
     groups = cut.groups
     if layer.groups == 0 or (groups is not None and groups.numel() == 0):
-        drop_attention(layer, _left(layer.projection("o_proj"), cut.attention_bias))
+        out = layer.projection("o_proj")
+        drop_attention(layer, out.out_features, _left(out, cut.attention_bias))
         return
     if groups is None:
         _slice(layer.projection("o_proj"), None, None, cut.attention_bias)
@@ -371,7 +420,7 @@ def cut_(model: nn.Module, plan: Plan) -> nn.Module:
             continue
         kept.append(layer)
         if not part.attention and layer.attention is not None:
-            drop_attention(layer)
+            drop_attention(layer, int(view.config.hidden_size))
         elif part.groups is not None or part.attention_bias is not None:
             cut_attention(layer, part)
         if not part.mlp and layer.mlp is not None:
@@ -459,6 +508,7 @@ def _shapes(view: View) -> list[dict[str, Any]]:
             **({"experts": layer.experts.count} if layer.experts is not None else {}),
             **({"attention": False} if isinstance(layer.attention, NoAttention) else {}),
             **({"mlp": False} if isinstance(layer.mlp, NoMLP) else {}),
+            **({"mlp_outputs": layer.mlp.outputs} if isinstance(layer.mlp, NoMLP) and layer.mlp.outputs != 1 else {}),
             "attention_bias": biased(layer.attention),
             "mlp_bias": biased(layer.mlp),
         }

@@ -38,7 +38,7 @@ class Evolution:
     A generation breeds `offspring` children, none of them a parent and no two alike. Every stage scores all that are
     left on one minibatch, which is drawn anew, and keeps its `survivors`; the best `elites` parents join in the last
     stage, so that under a fitness without noise the best never gets worse. Of equals the earlier stays, parents first.
-    A value that is not a number counts as infinitely bad.
+    A value that is not a finite number loses to every other.
 
     Args:
         start: parents to begin with, best first.
@@ -55,7 +55,7 @@ class Evolution:
         history: the best value of each generation.
 
     Raises:
-        Error: no start, no stage, or survivors that rise from stage to stage.
+        Error: no start, no stage, or survivors that rise from stage to stage; later, no finite value in the last stage.
 
     >>> errors = (4, 1, 3, 2)                          # of removing each unit; two of four must go
     >>> def cost(candidates, effort, draw):
@@ -106,10 +106,11 @@ class Evolution:
             if stage is self._stages[-1]:
                 candidates = self.parents[: self._elites] + candidates
             draw = self._random.getrandbits(32)
-            scored = self._fitness(candidates, stage.effort, draw)
-            values = [value if math.isfinite(value) else math.inf for value in map(float, scored)]
-            order = sorted(range(len(candidates)), key=lambda i: values[i])[: stage.survivors]
+            judged = len(candidates)
+            values = _losing(self._fitness(candidates, stage.effort, draw))
+            order = sorted(range(len(candidates)), key=values.__getitem__)[: stage.survivors]
             candidates, values = [candidates[i] for i in order], [values[i] for i in order]
+        _must_be_finite(values[0], judged)
         self.parents, self.values = candidates, values
         self.history.append(values[0])
 
@@ -152,6 +153,41 @@ class Evolution:
         self._random.setstate((version, tuple(inner), gauss))
 
 
+def best_of(points: Sequence[Genome], scored: Sequence[float]) -> Genome:
+    """The point with the lowest value, of equals the first; one that is not a finite number is never it.
+
+    Raises:
+        Error: no value is a finite number.
+    """
+    values = _losing(scored)
+    best = min(range(len(points)), key=values.__getitem__)
+    _must_be_finite(values[best], len(points))
+    return points[best]
+
+
+def _losing(values: Sequence[float]) -> list[float]:
+    return [value if math.isfinite(value) else math.inf for value in map(float, values)]
+
+
+def _must_be_finite(lowest: float, judged: int) -> None:
+    if lowest == math.inf:
+        raise Error(
+            f"fitness: not a finite number for any of {judged} candidates; does the model itself give finite logits on "
+            "this text, in this number type?"
+        )
+
+
+def distinct(drawn: Callable[[random.Random], Genome], count: int, rng: random.Random) -> list[Genome]:
+    """So many points, no two alike; all that there are where draws keep giving none that is new."""
+    points: dict[Genome, None] = {}
+    vain = 0
+    while len(points) < count and vain < 10 * _DRAWS:
+        before = len(points)
+        points[drawn(rng)] = None
+        vain = vain + 1 if len(points) == before else 0
+    return list(points)
+
+
 # --------------------------------------------------------------------------- ways to make a child
 
 
@@ -169,7 +205,7 @@ def switched(
 ) -> Genome:
     """Level-switch mutation: a few times raise one unit by a level and lower another of the same group.
 
-    The sum of levels of each group stays what it was, exactly.
+    The sum of levels of each group stays what it was, exactly. A group is drawn in proportion to its units.
 
     Args:
         genome: level of each unit.
@@ -181,7 +217,7 @@ def switched(
     most = [high] * len(levels) if isinstance(high, int) else list(high)
     members = [list(group) for group in groups]
     for _ in range(moves(rng)):
-        group = rng.choice(members)
+        group = rng.choices(members, weights=[len(group) for group in members])[0]
         rise = [i for i in group if levels[i] < most[i]]
         if not rise:
             continue

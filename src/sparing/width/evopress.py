@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import tempfile
@@ -21,6 +22,7 @@ from sparing.engine.fitness import Fidelity
 from sparing.engine.surgery import LayerCut, Plan, SurgeryMethod
 from sparing.engine.view import View
 from sparing.grid.compress import sparsity_levels
+from sparing.grid.files import read_json
 from sparing.grid.method import (
     BudgetError,
     Card,
@@ -35,7 +37,7 @@ from sparing.grid.method import (
     numbers,
     register,
 )
-from sparing.grid.search import Breed, Evolution, Genome, Stage, switched
+from sparing.grid.search import Breed, Evolution, Genome, Stage, best_of, distinct, switched
 
 #: generations (None: by what is removed), offspring, survivors and tokens of each stage, as released
 PUBLISHED: dict[str, tuple[int | None, int, tuple[int, ...], tuple[int, ...]]] = {
@@ -43,8 +45,9 @@ PUBLISHED: dict[str, tuple[int | None, int, tuple[int, ...], tuple[int, ...]]] =
     "sparsity": (400, 64, (8, 2, 1), (2048, 16384, 65536)),
     "bits": (150, 128, (16, 4, 1), (2048, 16384, 131072)),
 }
-WIDTHS = (2, 3, 4, 5, 6, 8)  # bits of a weight that banks hold
-_POINTS = 64  # random points of which the best is the start
+WIDTHS = (2, 3, 4, 5, 6)  # bits of a weight that banks hold; one apart, so that a switch keeps their sum
+_POINTS = 64  # random points, no two alike, of which the best is the start
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class Fitting:
 
     Attributes:
         bank: folder of the level bank of sparsity and bits; made if missing. None takes a temporary one.
-        checkpoint: folder for the state after each generation; found there, the search goes on.
+        checkpoint: folder for the state after each generation; found there, the search goes on, one with other fields
+            (but generations) is refused.
         progress: show a bar.
     """
 
@@ -87,16 +91,17 @@ class EvoPress(SurgeryMethod):
       sub-layer adds nothing to the residual.
     - sparsity: every matrix of the decoder layers from a bank of SparseGPT levels around `amount`; one level is the
       same number of weights for all, so raising one and lowering another keeps the total exactly.
-    - bits: every matrix at 2, 3, 4, 5, 6 or 8 bits (GPTQ, groups of 128); matrices exchange bits within their size.
+    - bits: every matrix at 2, 3, 4, 5 or 6 bits (GPTQ, groups of 128); matrices exchange bits within their size, and
+      each size has its turn in proportion to its matrices.
 
     A generation: lambda children by the level-switch mutation, m = min(U{1,2,3}, U{1,2,3}) times one unit up and one of
     the same kind down; stages of selection on growing minibatches, the same for all candidates; the parent joins the
-    last, re-scored. Depth starts from the best of 64 random points, sparsity and whole bits from the uniform level,
-    fractional bits from the best of 64 random points.
+    last, re-scored. Depth and fractional bits start from the best of 64 random points, no two alike (of all there are,
+    in a space of fewer; a log line says so), sparsity and whole bits from the uniform level.
 
     Departures: children equal to each other or to the parent are redrawn (the released sparsity script keeps them); a
-    fitness that is not a number counts as infinitely bad. Bit levels of 5 to 6 to 8 are one step each, so the bank
-    costs 8 bits where the published one ends at 6; no matrix gets there from a lower target unless it pays.
+    fitness that is not a finite number loses, and is refused where all are such; a starting point of fractional bits
+    lowers a matrix by one bit at most. Matrices are linear layers: stacked experts stay dense in sparsity and bits.
 
     What it saves: depth removes work. Zeros and dequantised weights are executed like any other by dense kernels, on
     CPU and GPU: sparsity and bits save storage, not time.
@@ -181,7 +186,12 @@ class EvoPress(SurgeryMethod):
     # ---- depth
 
     def _fit_depth(self, model: nn.Module, data: list[Any], how: Fitting) -> Self:
-        L = len(View(model))
+        layers = View(model).layers
+        for layer in layers:
+            if layer.attention is None:
+                what = f"layer {layer.index} ({type(layer.module).__name__})"
+                raise Error(f"evopress: levels = depth: {what} has no attention module that was found")
+        L = len(layers)
         gone = int(self.amount * L + 1e-9)
         elastic = Elastic(model, units(model, ["depth"]))
         sites = [unit.site == "attention" for unit in elastic.units]
@@ -202,6 +212,7 @@ class EvoPress(SurgeryMethod):
 
         with elastic:
             fitness = self._fitness(model, data, elastic.set, elastic.dense)
+            elastic.empty_layers_are_none(fitness.sample.to(next(model.parameters()).device))
             generations = int(gone * (L - gone) / 1.5) if self.generations is None else self.generations
             start = self._best_of(drawn, fitness) if gone else elastic.dense
             found = self._evolved(start, mutated, drawn, fitness, generations, how)
@@ -211,9 +222,8 @@ class EvoPress(SurgeryMethod):
     # ---- sparsity and bits
 
     def _fit_bank(self, model: nn.Module, data: list[Any], folder: str | Path, how: Fitting) -> Self:
-        view = View(model)
         sparse = self.levels == "sparsity"
-        steps = sparsity_levels(self.amount, 8, int(view.config.hidden_size)) if sparse else WIDTHS
+        steps = sparsity_levels(self.amount, 8, int(View(model).config.hidden_size)) if sparse else WIDTHS
         solver = "sparsegpt" if sparse else "gptq"
         bank = Bank.build(model, data, folder, steps, solver=solver, progress=how.progress)
         names = list(bank.names)
@@ -287,9 +297,10 @@ class EvoPress(SurgeryMethod):
 
     def _best_of(self, drawn: Any, fitness: Fidelity) -> Genome:
         rng = random.Random(self.seed)
-        points = list(dict.fromkeys(drawn(rng) for _ in range(_POINTS)))
-        values = fitness(points, self._stages[0].effort, rng.getrandbits(32))
-        return points[min(range(len(points)), key=values.__getitem__)]
+        points = distinct(drawn, _POINTS, rng)
+        if len(points) < _POINTS:
+            _LOG.warning("evopress: starts from the best of all %d points there are, not of %d", len(points), _POINTS)
+        return best_of(points, fitness(points, self._stages[0].effort, rng.getrandbits(32)))
 
     def _evolved(
         self,
@@ -309,8 +320,14 @@ class EvoPress(SurgeryMethod):
             seed=self.seed,
         )
         file = None if how.checkpoint is None else Path(how.checkpoint) / "evopress.json"
+        asked = json.loads(json.dumps({**self.fields(), "generations": None, "units": len(start)}))
         if file is not None and file.is_file():
-            search.restore(json.loads(file.read_text()))
+            state = read_json(file)
+            was = state.get("asked", {})
+            for key, now in asked.items():
+                if was.get(key) != now:
+                    raise Error(f"checkpoint = '{file.parent}': of another search: {key} {was.get(key)}, now {now}")
+            search.restore(state)
         bar = tqdm(total=generations, initial=search.generation, desc="evopress", disable=not how.progress, unit="gen")
 
         def each() -> None:
@@ -318,7 +335,7 @@ class EvoPress(SurgeryMethod):
             bar.set_postfix(best=f"{search.values[0]:.4f}")
             if file is not None:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.with_suffix(".new").write_text(json.dumps(search.state()))
+                file.with_suffix(".new").write_text(json.dumps({"asked": asked, **search.state()}))
                 os.replace(file.with_suffix(".new"), file)
 
         with bar:
