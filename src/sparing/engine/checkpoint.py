@@ -293,7 +293,7 @@ def _reshape(model: nn.Module, shapes: list[dict[str, Any]]) -> None:
     for layer, entry in zip(view.layers, shapes, strict=True):
         groups, neurons = entry["num_key_value_heads"], entry["intermediate_size"]
         if not entry.get("attention", True) and layer.attention is not None:
-            drop_attention(layer)
+            drop_attention(layer, int(view.config.hidden_size))
         elif groups != layer.groups:
             cut_attention(layer, LayerCut(groups=torch.arange(groups)))
         if not entry.get("mlp", True) and layer.mlp is not None:

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from sparing.engine.routing import cut_experts
-from sparing.engine.surgery import LayerCut, Plan, cut_attention, cut_mlp, drop_attention, drop_mlp
+from sparing.engine.surgery import (
+    LayerCut,
+    Plan,
+    cut_attention,
+    cut_mlp,
+    drop_attention,
+    drop_mlp,
+    irremovable,
+    undivided,
+)
 from sparing.engine.units import compensation, unit_scores
 from sparing.engine.view import LayerView, View, heads_a_group
 from sparing.grid.method import Error
@@ -70,9 +79,14 @@ def units(model: nn.Module, axes: Sequence[str], *, multiple: int = 16, steps: i
     found = []
     gone = (0,) if "depth" in axes else ()
     for layer in view.layers:
+        for site, part in (("attention", layer.attention), ("mlp", layer.mlp)):
+            stuck = irremovable(layer, site) if gone and part is not None else None
+            if stuck is not None:
+                raise Error(f"axes = 'depth': {what} cannot be cut in depth: {stuck}")
         if layer.attention is not None:
             most = max(layer.groups, 1)
-            found.append(Unit(layer.index, "attention", (*gone, *_widths("width" in axes, most, 1, most))))
+            between = "width" in axes and undivided(layer, "attention") is None  # else its MLP alone has widths
+            found.append(Unit(layer.index, "attention", (*gone, *_widths(between, most, 1, most))))
         experts = layer.experts
         if experts is not None:
             least = -(-experts.top_k // experts.chosen_groups) * experts.groups  # as many of each group of a router
@@ -239,7 +253,7 @@ class Elastic:
             if part.attention:
                 cut_attention(one, part)
             else:
-                drop_attention(one)
+                drop_attention(one, int(self.view.config.hidden_size))
         else:
             one = replace(one, mlp=holder.part)
             if part.experts is not None:
