@@ -105,6 +105,21 @@ def test_better_candidates_are_found_than_it_starts_with(tmp_path: Path) -> None
     assert len(search.starts()) == len(set(search.starts())) >= 2
 
 
+def test_it_also_starts_from_one_kind_of_unit_alone(tmp_path: Path) -> None:
+    """Neurons, or KV groups, at one width and the others whole: either may be what loses least."""
+    search = searcher(tmp_path, axes=("width",), target=Target("params", 0.85))
+    tops = search.elastic.dense
+    levels = {
+        site: [[k for k, u in zip(genome, search.elastic.units) if u.site == site] for genome in search.starts()]
+        for site in SITES[:2]
+    }
+    most = {site: [top for top, u in zip(tops, search.elastic.units) if u.site == site] for site in SITES[:2]}
+    for site, other in (SITES[:2], SITES[1::-1]):
+        alone = [mine for mine, its in zip(levels[site], levels[other]) if its == most[other]]
+        assert any(max(mine) - min(mine) <= 1 and mine != most[site] for mine in alone), f"no start cuts {site} alone"
+    assert all(map(search.fits, search.starts()))
+
+
 def test_a_whole_model_is_the_answer_where_nothing_has_to_go(tmp_path: Path) -> None:
     search = searcher(tmp_path, target=Target("params", 1.0), generations=1)
     found = search.run()

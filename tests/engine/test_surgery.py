@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import sparing
-from sparing.engine import checkpoint, units
+from sparing.engine import checkpoint, units, widths
 from sparing.engine.checkpoint import save_pretrained
 from sparing.engine.surgery import LayerCut, Plan, cut, masked
 from sparing.engine.units import Moments, observe
@@ -324,15 +324,15 @@ def test_only_plain_linear_layers_are_cut() -> None:
 
 
 def test_rounded() -> None:
-    assert [units.rounded(k, 100, 16) for k in (0, 1, 23, 24, 99, 100)] == [0, 16, 16, 32, 96, 100]
+    assert [widths.rounded(k, 100, 16) for k in (0, 1, 23, 24, 99, 100)] == [0, 16, 16, 32, 96, 100]
 
 
 def test_equal_counts_spend_the_budget() -> None:
     for budget, groups, limit, cost in ((59.0, 2.4, 20, (10, 2)), (59.0, 2.4, 18, (10, 2)), (7.0, 1.2, 9, (10, 2))):
-        g, n = units.equal_counts(budget, groups, limit, cost)
+        g, n = widths.equal_counts(budget, groups, limit, cost)
         assert 0 <= n <= limit and g in (int(groups), int(groups) + 1)
         assert abs(g * cost[0] + n * cost[1] - budget) <= max(cost[1] / 2, 3)
-    assert units.equal_counts(59.0, 2.4, 18, (10, 2)) == (3, 15)  # 18 neurons cannot make up for the third group
+    assert widths.equal_counts(59.0, 2.4, 18, (10, 2)) == (3, 15)  # 18 neurons cannot make up for the third group
 
 
 # --------------------------------------------------------------------------- checkpoints

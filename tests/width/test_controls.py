@@ -12,9 +12,10 @@ from torch import Tensor
 
 import sparing
 from sparing.engine.surgery import SurgeryMethod, masked
-from sparing.engine.units import WidthControl, compensation
+from sparing.engine.units import compensation
 from sparing.engine.view import View
-from sparing.grid.method import Method
+from sparing.engine.widths import WidthControl
+from sparing.grid.method import BudgetError, Method
 from sparing.testing.models import _SIZES, build, prompt
 from tests.width.test_flap import GROUPS, LAYERS, N, batches, block_parameters, fitted, wide
 
@@ -166,3 +167,39 @@ def test_wrong_use_is_refused(name: str) -> None:
         sparing.prune(model, method.replace(neurons=(3, 4), compensate=False))
     with pytest.raises(sparing.Error, match="fitted on another model"):
         sparing.prune(build("llama"), sparing.parse(f"{name}:groups=1,neurons=8").with_state(fitted().state))
+
+
+# --------------------------------------------------------------------------- one kind of unit alone
+
+
+@pytest.mark.parametrize("name", ["random-width", "uniform-width"])
+@pytest.mark.parametrize(("units", "keep", "want"), [("neurons", 0.5, (4, 52)), ("groups", 0.8, (2, N))])
+def test_at_cuts_one_kind_alone(name: str, units: str, keep: float, want: tuple[int, int]) -> None:
+    """In neurons: a group 24, a layer 296. Half is 148 = 96 + 52; 0.8 of it 236.8, the nearest 248 = 2 x 24 + 200."""
+    for method in (sparing.parse(f"{name}:compensate=false"), sparing.parse(name).with_state(fitted().state)):
+        found: Any = method.replace(units=units).at(keep, sparing.shape(wide()))
+        assert (found.groups, found.neurons) == ((None, want[1:]) if units == "neurons" else (want[:1], None))
+        assert found.units == units
+        assert counts(sparing.prune(wide(), found)) == [want] * LAYERS
+    with pytest.raises(BudgetError, match=rf"{name}: keep = 0\.3: units = {units} leaves all"):
+        method.replace(units=units).at(0.3, sparing.shape(wide()))
+
+
+def test_uniform_shares_groups_out_one_more_in_layers_at_even_spacing() -> None:
+    """13 groups in 5 layers are 2 each and 3 over, of which no neuron can make up."""
+    method = sparing.parse("uniform-width:units=groups,groups=4/4/4/1/0,compensate=false")
+    assert counts(sparing.prune(wide(), method)) == [(3, N), (2, N), (3, N), (2, N), (3, N)]
+    mask = kept(method, wide())[0]
+    assert mask.nonzero().flatten().tolist() == [0, 2, 3]
+    method = sparing.parse("uniform-width:units=neurons,neurons=200/100/50/10/4,compensate=false")
+    assert counts(sparing.prune(wide(), method)) == [(GROUPS, 73)] * LAYERS
+
+
+@pytest.mark.parametrize("name", ["random-width", "uniform-width"])
+def test_counts_of_units_that_are_not_cut_are_refused(name: str) -> None:
+    with pytest.raises(sparing.Error, match=rf"{name}: groups = \(2,\): must be none, as units = neurons"):
+        sparing.parse(f"{name}:units=neurons,groups=2")
+    with pytest.raises(sparing.Error, match=rf"{name}: neurons = \(2,\): must be none, as units = groups"):
+        sparing.parse(f"{name}:units=groups,neurons=2")
+    with pytest.raises(sparing.Error, match=rf"{name}: units = 'heads': must be both \| neurons \| groups"):
+        sparing.parse(f"{name}:units=heads")

@@ -347,6 +347,7 @@ def test_structures_share_the_budget_as_named(multiple: int) -> None:
         method = fitted().replace(p=0.3, structure=structure, heads=heads, multiple=multiple)
         counts[structure] = method.mirrored(shape)
         counts[structure].pop("compensate")
+        assert counts[structure].pop("units") == "both"
     assert counts["UL-UM"] == {"groups": (3,) * LAYERS, "neurons": (140 if multiple == 1 else 144,) * LAYERS}
     left = round((0.7 * (GROUPS * 24 + N)) - 2 * 24)
     assert counts["UL-MM"] == {"groups": (2,) * LAYERS, "neurons": (left if multiple == 1 else 160,) * LAYERS}
@@ -415,3 +416,90 @@ def test_a_cut_model_can_be_fitted_and_cut_again() -> None:
     smaller = sparing.prune(model, again)
     assert abs(block_parameters(smaller) / block_parameters(model) - 0.5) < 0.15
     assert len(neurons) == LAYERS
+
+
+# --------------------------------------------------------------------------- one kind of unit alone
+
+NEURON, GROUP = 3 * D, 6 * HEAD_DIM * D  # parameters that leave with one
+
+
+@pytest.mark.parametrize("structure", ["AL-AM", "UL-UM"])
+@pytest.mark.parametrize(
+    ("units", "unit", "portions"),
+    [("neurons", NEURON, (0.0, 0.1, 0.35, 0.5, 0.67)), ("groups", GROUP, (0.0, 0.05, 0.13, 0.22, 0.32))],
+)
+def test_one_kind_alone_spends_the_whole_budget(structure: str, units: str, unit: int, portions: Any) -> None:
+    """The attentions are 0.324 of the layers' parameters, the MLPs 0.676."""
+    model, method = wide(), fitted().replace(units=units, structure=structure, compensate=False)
+    total, more = block_parameters(model), None
+    for p in portions:
+        groups, neurons = method.replace(p=p).kept()
+        cut_of, whole = (neurons, groups) if units == "neurons" else (groups, neurons)
+        assert all(bool(keep.all()) for keep in whole)
+        small = sparing.prune(model, method.replace(p=p))
+        slack = unit / 2 if structure == "AL-AM" else LAYERS * unit / 2
+        assert abs(block_parameters(small) - (1 - p) * total) <= slack
+        if structure == "UL-UM":
+            assert len({int(keep.sum()) for keep in cut_of}) == 1
+        else:  # the best over all layers
+            scores = [method.scores("mlp" if units == "neurons" else "attention", i) for i in range(LAYERS)]
+            stays = torch.cat([s[keep] for s, keep in zip(scores, cut_of, strict=True)])
+            goes = torch.cat([s[~keep] for s, keep in zip(scores, cut_of, strict=True)])
+            assert 0 in (len(stays), len(goes)) or stays.min() >= goes.max()
+        if more is not None:
+            assert all(bool((a >= b).all()) for a, b in zip(more, cut_of, strict=True))
+            assert sum(int(k.sum()) for k in cut_of) < sum(int(k.sum()) for k in more)
+        more = cut_of
+
+
+def test_one_kind_alone_is_aligned_and_compensated_as_both_are() -> None:
+    model, method = wide(), fitted().replace(units="neurons", p=0.3, multiple=16)
+    counts = [int(keep.sum()) for keep in method.kept()[1]]
+    assert all(k % 16 == 0 or k == N for k in counts)
+    assert abs(sum(counts) - (0.7 * (GROUPS * 24 + N) - GROUPS * 24) * LAYERS) <= 8 + 0.5
+    for part in method.plan(model).layers:
+        assert part is not None and part.groups is None and part.attention_bias is None
+        assert (part.mlp_bias is None) == (part.neurons is None)
+    assert method.portable().fields()["units"] == "neurons"
+
+
+@pytest.mark.parametrize(("units", "least", "whole"), [("neurons", 0.325, "KV groups"), ("groups", 0.676, "neurons")])
+def test_what_one_kind_alone_cannot_reach_is_refused(units: str, least: float, whole: str) -> None:
+    """24 of 74 ninths are attention: 0.3243 and 0.6757, rounded up to what can really be kept."""
+    shape = sparing.shape(wide())
+    words = rf"flap: keep = 0\.3: units = {units} leaves all {whole}, at least {least} of the layers' parameters"
+    for method in (Flap(units=units), fitted().replace(units=units)):
+        with pytest.raises(BudgetError, match=words):
+            method.at(0.3, shape)
+        assert method.at(least, shape).p == round(1 - least, 12)
+    with pytest.raises(BudgetError, match=words):
+        fitted().replace(units=units, p=0.7).kept()
+    exact = fitted().at(96 * 3 / (96 * 3 + 600), shape).replace(units="neurons", compensate=False)
+    assert counted(sparing.prune(wide(), exact)) == [(GROUPS, 0)] * LAYERS  # to the last neuron
+    with pytest.raises(sparing.Error, match=r"flap: units = neurons: must be both, as structure UL-MM"):
+        Flap(units="neurons", structure="UL-MM", heads=3)
+
+
+def counted(model: Any) -> list[tuple[int, int]]:
+    return [(layer.groups, layer.neurons) for layer in View(model).layers]
+
+
+@pytest.mark.parametrize("kind", ["random", "uniform"])
+@pytest.mark.parametrize(("units", "p"), [("neurons", 0.4), ("groups", 0.21)])
+def test_controls_cut_the_same_units(kind: str, units: str, p: float) -> None:
+    method = fitted().replace(units=units, p=p)
+    control: Any = method.control(kind, sparing.shape(wide()), seed=3)
+    assert control.units == units and control.fields()["groups" if units == "neurons" else "neurons"] is None
+    mine, its = counted(sparing.prune(wide(), method)), counted(sparing.prune(wide(), control))
+    whole = 0 if units == "neurons" else 1
+    assert {pair[whole] for pair in mine + its} == {GROUPS if units == "neurons" else N}
+    spent, kept = (sum(pair[1 - whole] for pair in found) for found in (mine, its))
+    assert spent == kept if units == "groups" or kind == "random" else abs(spent - kept) <= LAYERS / 2
+    assert (mine == its) == (kind == "random")  # uniform shares it out evenly, FLAP does not
+
+
+def test_calibration_is_that_of_the_model_it_is_given() -> None:
+    """Fitting leaves fields as they are, also where one kind is cut."""
+    method = Flap(units="groups", metric="IFV").fit(wide(), batches())
+    assert method.fields() == Flap(units="groups", metric="IFV").fields()
+    assert method.state.keys() == fitted().state.keys()

@@ -15,6 +15,7 @@ from torch import Tensor
 import sparing
 from sparing.engine.surgery import LayerCut, Plan, SurgeryMethod, cut
 from sparing.engine.view import LayerView, View
+from sparing.grid.method import BudgetError
 from sparing.testing.models import build, prompt
 from sparing.width.magnitude_sp import MagnitudeSp
 from tests.width.test_controls import counts, kept
@@ -172,7 +173,7 @@ def test_number_types_do_not_decide() -> None:
 
 @pytest.mark.parametrize("name", ["olmoe", "gpt-neox", "opt"])
 def test_models_without_units_are_refused(name: str) -> None:
-    with pytest.raises(sparing.Error, match=r"magnitude-sp: layer 0 has \d KV groups and \d+ neurons that can be cut"):
+    with pytest.raises(sparing.Error, match=r"'magnitude-sp': cannot cut \w+: layer 0 .*(told apart|has experts)"):
         sparing.prune(build(name), MagnitudeSp())
 
 
@@ -180,3 +181,50 @@ def test_layers_that_differ_are_refused() -> None:
     unalike = cut(wide(), Plan((*[LayerCut()] * 3, LayerCut(torch.arange(3)), LayerCut())))
     with pytest.raises(sparing.Error, match=rf"layer 3 has 3 KV groups and {N} neurons .*as many as the others"):
         sparing.prune(unalike, MagnitudeSp())
+
+
+# --------------------------------------------------------------------------- one kind of unit alone
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.33, 0.5, 0.67])
+def test_neurons_alone_spend_the_whole_budget(p: float) -> None:
+    method = MagnitudeSp(p=p, multiple=1, units="neurons")
+    masks = kept(method, wide())
+    assert all(bool(mask.all()) for mask in masks[::2])
+    small = sparing.prune(wide(), method)
+    assert abs(block_parameters(small) - (1 - p) * block_parameters(wide())) <= LAYERS * 3 * D / 2
+    for layer in View(wide()).layers:
+        score, mask = method.scores(layer)[1], masks[2 * layer.index + 1]
+        assert mask.all() or score[mask].min() > score[~mask].max()
+    aligned = counts(sparing.prune(wide(), method.replace(multiple=16)))[0]
+    assert aligned[0] == GROUPS and (aligned[1] % 16 == 0 or aligned[1] == N)
+
+
+@pytest.mark.parametrize(("p", "groups"), [(0.0, 4), (0.07, 3), (0.13, 2), (0.2, 2), (0.22, 1), (0.32, 0)])
+def test_groups_alone_come_nearest_to_the_budget(p: float, groups: int) -> None:
+    """A group is 0.0811 of a layer: 3 leave 0.2432 removed."""
+    method = MagnitudeSp(p=p, units="groups")
+    assert counts(sparing.prune(wide(), method)) == [(groups, N)] * LAYERS
+    for layer, mask in zip(View(wide()).layers, kept(method, wide())[::2], strict=True):
+        score = method.scores(layer)[0]
+        assert mask.all() or not mask.any() or score[mask].min() > score[~mask].max()
+
+
+@pytest.mark.parametrize(("units", "least"), [("neurons", 0.325), ("groups", 0.676)])
+def test_what_one_kind_alone_cannot_reach_is_refused(units: str, least: float) -> None:
+    method, shape = MagnitudeSp(units=units), sparing.shape(wide())
+    words = rf"magnitude-sp: keep = 0\.25: units = {units} leaves all .*, at least {least} of the layers' parameters"
+    with pytest.raises(BudgetError, match=words):
+        method.at(0.25, shape)
+    with pytest.raises(BudgetError, match=words):
+        sparing.prune(wide(), method.replace(p=0.75))
+    assert method.at(least, shape).p == round(1 - least, 12)
+
+
+@pytest.mark.parametrize("kind", ["random", "uniform"])
+@pytest.mark.parametrize(("units", "p"), [("neurons", 0.4), ("groups", 0.2)])
+def test_controls_cut_the_same_units(kind: str, units: str, p: float) -> None:
+    method = MagnitudeSp(p=p, units=units)
+    control: Any = method.control(kind, sparing.shape(wide()), 2)
+    assert control.units == units
+    assert counts(sparing.prune(wide(), control)) == counts(sparing.prune(wide(), method)) != [(GROUPS, N)] * LAYERS

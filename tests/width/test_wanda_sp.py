@@ -17,6 +17,7 @@ import sparing
 from sparing.engine.surgery import LayerCut, Plan, SurgeryMethod, cut
 from sparing.engine.units import compensation
 from sparing.engine.view import View
+from sparing.grid.method import BudgetError
 from sparing.testing.models import build, prompt
 from sparing.width.wanda_sp import WandaSp
 from tests.width.test_controls import counts, kept
@@ -195,7 +196,7 @@ def test_wrong_use_is_refused() -> None:
         WandaSp().plan(wide())
     with pytest.raises(sparing.Error, match="fitted on another model"):
         sparing.prune(build("llama"), fitted())
-    with pytest.raises(sparing.Error, match="layer 0 has no down_proj"):
+    with pytest.raises(sparing.Error, match=r"cannot cut OlmoeForCausalLM: layer 0 .* experts in place of an MLP"):
         WandaSp().fit(build("olmoe"), [prompt("olmoe")])
     one = LayerCut(torch.arange(2), torch.arange(90))
     unalike = cut(wide(), Plan((*[LayerCut()] * (LAYERS - 1), one)))
@@ -207,3 +208,42 @@ def test_a_cut_model_can_be_fitted_and_cut_again() -> None:
     model = sparing.prune(wide(), fitted().replace(p=0.4))
     again = sparing.prune(model, WandaSp(p=0.5, multiple=1).fit(model, batches()))
     assert abs(block_parameters(again) / block_parameters(model) - 0.5) < 0.01
+
+
+# --------------------------------------------------------------------------- one kind of unit alone
+
+
+@pytest.mark.parametrize(("units", "p"), [("neurons", 0.1), ("neurons", 0.6), ("groups", 0.08), ("groups", 0.25)])
+def test_one_kind_alone_spends_the_whole_budget(units: str, p: float) -> None:
+    method, place = fitted().replace(units=units, p=p), 1 if units == "neurons" else 0
+    masks = kept(method, wide())
+    assert all(bool(mask.all()) for mask in masks[1 - place :: 2])
+    unit = 3 * D if units == "neurons" else 6 * HEAD_DIM * D
+    small = sparing.prune(wide(), method)
+    assert abs(block_parameters(small) - (1 - p) * block_parameters(wide())) <= LAYERS * unit / 2
+    for layer in View(wide()).layers:
+        score, mask = method.scores(layer)[place], masks[2 * layer.index + place]
+        assert score[mask].min() > score[~mask].max()
+
+
+@pytest.mark.parametrize(("units", "least"), [("neurons", 0.325), ("groups", 0.676)])
+def test_what_one_kind_alone_cannot_reach_is_refused(units: str, least: float) -> None:
+    shape = sparing.shape(wide())
+    words = rf"wanda-sp: keep = 0\.2: units = {units} leaves all .*, at least {least} of the layers' parameters"
+    for method in (WandaSp(units=units), fitted().replace(units=units)):
+        with pytest.raises(BudgetError, match=words):
+            method.at(0.2, shape)
+        assert method.at(least, shape).p == round(1 - least, 12)
+    with pytest.raises(BudgetError, match=words):
+        fitted().replace(units=units, p=0.8).plan(wide())
+
+
+@pytest.mark.parametrize("kind", ["random", "uniform"])
+@pytest.mark.parametrize(("units", "p"), [("neurons", 0.4), ("groups", 0.2)])
+def test_controls_cut_the_same_units(kind: str, units: str, p: float) -> None:
+    method = fitted().replace(p=p, units=units, compensate=True)
+    control: Any = method.control(kind, sparing.shape(wide()), 2)
+    assert control.units == units and control.compensate is True
+    assert counts(sparing.prune(wide(), control)) == counts(sparing.prune(wide(), method)) != [(GROUPS, N)] * LAYERS
+    cut_of = {name for name, _ in sparing.prune(wide(), control).named_parameters() if name.endswith("proj.bias")}
+    assert {name.split(".")[-2] for name in cut_of} == {"down_proj" if units == "neurons" else "o_proj"}

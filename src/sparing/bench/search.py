@@ -325,7 +325,10 @@ class Search:
     # ---- where it starts
 
     def starts(self) -> list[Genome]:
-        """Candidates within the budget by the usual rules: one width for all, FLAP's order, what matters least."""
+        """Candidates within the budget by the usual rules: one width for all, FLAP's order, what matters least.
+
+        Where widths are searched also one kind of unit alone at one width, the others whole: neurons, or KV groups.
+        """
         rng = random.Random(self._seed)
         if self.portable:
             sites = {unit.site for unit in self.elastic.units}
@@ -334,14 +337,17 @@ class Search:
         found = [self._uniform(rng), self._by_harm(rng)]
         if self._state is not None:
             found.append(self._by_score(rng))
+            found += [self._uniform(rng, site) for site in ("mlp", "attention")]
         return list(dict.fromkeys(found))
 
-    def _uniform(self, rng: random.Random) -> Genome:
+    def _uniform(self, rng: random.Random, site: str | None = None) -> Genome:
+        """One width for all units, or for those of one site; where that alone is too little others follow by lot."""
         levels = list(self._tops)
+        cut = [site in (None, unit.site) for unit in self.elastic.units]
         while not self.fits(tuple(levels)):
-            share = [level / top if top else 0.0 for level, top in zip(levels, self._tops)]
+            share = [level / top if top and may else 0.0 for level, top, may in zip(levels, self._tops, cut)]
             i = max(range(len(levels)), key=share.__getitem__)
-            if not levels[i]:
+            if not share[i]:
                 break
             levels[i] -= 1
         return self.filled(tuple(levels), rng)

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from sparing.engine.calls import parameters
 from sparing.engine.routing import cut_experts
-from sparing.engine.surgery import LayerCut, Plan, cut_attention, cut_mlp, drop_attention, drop_mlp
+from sparing.engine.surgery import (
+    LayerCut,
+    Plan,
+    cut_attention,
+    cut_mlp,
+    drop_attention,
+    drop_mlp,
+    irremovable,
+    undivided,
+)
 from sparing.engine.units import compensation, unit_scores
 from sparing.engine.view import LayerView, View, evaluating, heads_a_group
 from sparing.grid.method import Error
@@ -73,9 +82,14 @@ def units(model: nn.Module, axes: Sequence[str], *, multiple: int = 16, steps: i
     found = []
     gone = (0,) if "depth" in axes else ()
     for layer in view.layers:
+        for site, part in (("attention", layer.attention), ("mlp", layer.mlp)):
+            stuck = irremovable(layer, site) if gone and part is not None else None
+            if stuck is not None:
+                raise Error(f"axes = 'depth': {what} cannot be cut in depth: {stuck}")
         if layer.attention is not None:
             most = max(layer.groups, 1)
-            found.append(Unit(layer.index, "attention", (*gone, *_widths("width" in axes, most, 1, most))))
+            between = "width" in axes and undivided(layer, "attention") is None  # else its MLP alone has widths
+            found.append(Unit(layer.index, "attention", (*gone, *_widths(between, most, 1, most))))
         experts = layer.experts
         if experts is not None:
             least = -(-experts.top_k // experts.chosen_groups) * experts.groups  # as many of each group of a router

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -19,6 +20,7 @@ from sparing.grid.method import Error, Method
 
 SECTION = "sparing"  # of config.json
 SECTION_VERSION = 1
+_PLACES = ("layer_idx", "layer_id")  # under which modules keep their place in the KV cache
 _PLAIN = (("num_attention_heads", "num_key_value_heads"), ("intermediate_size",))  # said together or not at all
 
 
@@ -158,13 +160,17 @@ def _checked(model: nn.Module, plan: Plan) -> View:
         if cut is not None and cut.attention and cut.groups is not None:
             _fits(layer, "groups", cut.groups, layer.groups)
             if 0 < cut.groups.numel() < layer.groups:
-                _splits(layer, layer.attention, _attention_rows(layer))
+                _splits(layer, "attention")
         if cut is not None and cut.mlp and cut.experts is not None:
             check_kept(layer, cut.experts)
         if cut is not None and cut.mlp and cut.neurons is not None:
             _fits(layer, "neurons", cut.neurons, layer.neurons)
             if 0 < cut.neurons.numel() < layer.neurons:
-                _splits(layer, layer.mlp, _mlp_rows(layer))
+                _splits(layer, "mlp")
+        for site in () if cut is None else ("attention", "mlp"):
+            stuck = None if getattr(cut, site) else irremovable(layer, site)
+            if stuck is not None:
+                raise Error(f"plan: {stuck}")
     return view
 
 
@@ -187,17 +193,47 @@ def _mlp_rows(layer: LayerView) -> dict[str, int]:
     return {"gate_proj": N, "up_proj": N, "gate_up_proj": 2 * N}
 
 
-def _splits(layer: LayerView, parent: nn.Module | None, rows: dict[str, int]) -> None:
-    """Refuse a sub-layer whose weights do not fall apart into units."""
-    assert parent is not None
-    out = layer.projection("o_proj" if parent is layer.attention else "down_proj")
+def undivided(layer: LayerView, site: str) -> str | None:
+    """What keeps a layer's "attention" from falling apart into KV groups, or its "mlp" into neurons; None if it does.
+
+    A norm over all heads together (OLMo 2) is no part of any head: with fewer of them it would norm the others by
+    another number, which no mask on the whole model computes.
+    """
+    attention = site == "attention"
+    parent, rows = (layer.attention, _attention_rows(layer)) if attention else (layer.mlp, _mlp_rows(layer))
+    if parent is None or isinstance(parent, (NoAttention, NoMLP)):
+        return None
+    out = layer.projection("o_proj" if attention else "down_proj")
     for name, weight in parent.named_parameters():
         owner = name.split(".")[0]
         if getattr(parent, owner) is not out and rows.get(owner) != weight.shape[0]:
-            raise Error(
+            return (
                 f"layer {layer.index}: {type(parent).__name__}.{name} {tuple(weight.shape)} does not fall apart into "
                 f"units; only layers whose {', '.join(rows)} have the usual shapes can be cut in part"
             )
+    return None
+
+
+def _splits(layer: LayerView, site: str) -> None:
+    mixed = undivided(layer, site)
+    if mixed is not None:
+        raise Error(mixed)
+
+
+def irremovable(layer: LayerView, site: str) -> str | None:
+    """What keeps a layer's "attention" or "mlp" from being removed without the other; None if nothing does."""
+    part = layer.attention if site == "attention" else layer.mlp
+    where = f"layer {layer.index} ({type(layer.module).__name__}): its {site} cannot be removed alone"
+    if part is None:
+        return f"{where}: no module of its own was found"
+    reads = inspect.signature(part.forward).parameters
+    asked = [p.name for p in reads.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if "residual" in reads or (site == "mlp" and len(asked) > 1):  # BLOOM, MPT
+        return (
+            f"{where}: {type(part).__name__} takes {', '.join(asked)}, so it may add the residual itself; whole layers "
+            "can go"
+        )
+    return None
 
 
 # --------------------------------------------------------------------------- real cuts
@@ -439,7 +475,7 @@ def _renumber(view: View, kept: list[LayerView]) -> None:
     """Leave only these layers in the stack, and bring indices and per-layer lists of the config in line."""
     name = next(name for name, child in view.decoder.named_children() if child is view.stack)
     setattr(view.decoder, name, nn.ModuleList(layer.module for layer in kept).train(view.stack.training))
-    for key in ("layer_types", "mlp_layer_types", "no_rope_layers"):
+    for key in ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers"):
         values = getattr(view.config, key, None)
         if isinstance(values, (list, tuple)) and len(values) == len(view):
             setattr(view.config, key, [values[layer.index] for layer in kept])
@@ -453,8 +489,9 @@ def _renumber(view: View, kept: list[LayerView]) -> None:
     view.config.num_hidden_layers = len(kept)
     for new, layer in enumerate(kept):
         for module in layer.module.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = new  # type: ignore[assignment]
+            for name in _PLACES:
+                if hasattr(module, name):
+                    setattr(module, name, new)
 
 
 def cut(model: nn.Module, plan: Plan) -> nn.Module:

@@ -1,36 +1,20 @@
-"""What a width method cuts by: statistics of channels over calibration data, units and what they cost, controls."""
+"""What a width method cuts by: statistics of channels over calibration data, units and what they cost."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from sparing.engine.surgery import LayerCut, Plan, SurgeryMethod
+from sparing.engine.surgery import LayerCut, Plan
 from sparing.engine.view import LayerView, View, evaluating, heads_a_group
-from sparing.grid.method import Error, Method, Shape, flag, numbers, state_check
+from sparing.grid.method import Error, Method, state_check
 from sparing.grid.score import standardise
-
-
-def rounded(count: int, total: int, multiple: int) -> int:
-    """`count` rounded to the nearest multiple (half up), at least one multiple, at most `total`; 0 and `total` stay.
-
-    Unaligned widths lose up to a third of the gain: kernels work in tiles.
-
-    >>> rounded(358, 512, 16), rounded(3, 512, 16), rounded(20, 20, 16)
-    (352, 16, 20)
-    """
-    if count in (0, total):
-        return count
-    return min(total, max(multiple, (count + multiple // 2) // multiple * multiple))
-
 
 # --------------------------------------------------------------------------- calibration
 
@@ -291,87 +275,3 @@ def keep_units(
         kept_mlp, bias_mlp = part(layer, "mlp", "down_proj", neuron, 1)
         cuts.append(LayerCut(kept, kept_mlp, attention_bias=bias, mlp_bias=bias_mlp))
     return Plan(tuple(cuts))
-
-
-@dataclass(frozen=True)
-class WidthControl(SurgeryMethod):
-    """Base of the width controls: given counts of KV groups and neurons a layer, and the mean of the rest as a bias.
-
-    Fields left at None keep all; a single number holds for all layers.
-    """
-
-    groups: tuple[int, ...] | None = numbers(None, "KV groups kept a layer", whole=True, optional=True)
-    neurons: tuple[int, ...] | None = numbers(None, "MLP neurons kept a layer", whole=True, optional=True)
-    compensate: bool = flag(True, "put the mean of what is cut back as a bias")
-
-    @property
-    def ready(self) -> bool:
-        return not self.compensate or bool(self.state)
-
-    def fit(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]], **options: Any) -> Self:
-        """Record the channel means that compensation needs."""
-        return self.with_state(calibrate(model, batches))
-
-    def at(self, keep: float, shape: Shape) -> Self:
-        """The same counts in every layer. Without state a gated MLP is assumed."""
-        per = shape.heads // max(shape.groups, 1)
-        cost = ((2 + 2 * per) * shape.head_dim, 3)
-        if self.state:
-            cost = (self._cost("attention"), self._cost("mlp"))
-        budget = keep * (shape.groups * cost[0] + shape.neurons * cost[1])
-        one = min(1.0, budget / max(cost[0], 1))  # a group stays where the budget holds one
-        wanted = max(keep * shape.groups, one)
-        groups, neurons = equal_counts(budget, wanted, shape.neurons, cost)
-        return self.replace(groups=(groups,), neurons=(neurons,))
-
-    def _cost(self, site: str) -> int:
-        unit = self.state[f"{site}.unit.0"]
-        if unit.shape != (2,) or int(unit[1]) < 0:
-            raise Error(f"method = {self.name!r}: its state is damaged: {site}.unit.0 is {unit.tolist()!s:.60}")
-        return int(unit[1])
-
-    def counts(self, layers: Sequence[LayerView]) -> tuple[list[int], list[int]]:
-        """Kept groups and neurons of each of these layers."""
-        found = []
-        for name, sizes in (("groups", [v.groups for v in layers]), ("neurons", [v.neurons for v in layers])):
-            given = getattr(self, name)
-            full = sizes if given is None else list(given) * len(sizes) if len(given) == 1 else list(given)
-            if len(full) != len(sizes) or any(k > size for k, size in zip(full, sizes)):
-                raise Error(
-                    f"{self.name}: {name} = {given}: must be one count, or one for each of the {len(sizes)} layers, of "
-                    f"at most {', '.join(map(str, sizes))}"
-                )
-            found.append(full)
-        return found[0], found[1]
-
-    @property
-    def means(self) -> dict[str, Tensor] | None:
-        """State to compensate with; None if it is not wanted."""
-        if not self.ready:
-            raise Error(f"{self.name}: needs calibration first: method = method.fit(model, batches)")
-        return self.state if self.compensate else None
-
-
-def equal_counts(budget: float, groups: float, limit: int, cost: tuple[float, float]) -> tuple[int, int]:
-    """Whole counts of groups and neurons of a layer that spend `budget`.
-
-    Groups are the wanted number rounded to the nearest, or the other way where neurons cannot make up for it; neurons
-    fill what is left, to the nearest.
-
-    Args:
-        budget: to spend on a layer, in the unit of `cost`.
-        groups: wanted.
-        limit: neurons there are.
-        cost: of a group, of a neuron.
-
-    >>> equal_counts(59.0, 2.4, 20, (10, 2))
-    (2, 20)
-    """
-    found = []
-    for count in (math.floor(groups), math.ceil(groups)):
-        left = (budget - count * cost[0]) / cost[1] if cost[1] else 0.0
-        neurons = min(max(math.floor(left + 0.5), 0), limit)
-        beyond = max(abs(budget - count * cost[0] - neurons * cost[1]) - cost[1], 0.0)
-        found.append((beyond, abs(count - groups), -count, neurons))
-    _, _, count, neurons = min(found)
-    return -count, neurons

@@ -10,8 +10,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from sparing.engine.surgery import Plan, SurgeryMethod
-from sparing.engine.units import calibrate, keep_units, rounded, unit_scores
+from sparing.engine.surgery import Plan
+from sparing.engine.units import calibrate, keep_units, unit_scores
+from sparing.engine.widths import WidthMethod, counted, reaches, rounded, unit_cost
 from sparing.grid.method import BudgetError, Card, Error, Shape, choice, flag, integer, register, share
 from sparing.grid.select import top_k
 
@@ -30,7 +31,7 @@ from sparing.grid.select import top_k
     ),
 )
 @dataclass(frozen=True)
-class Flap(SurgeryMethod):
+class Flap(WidthMethod):
     """Remove the fraction p of the parameters of all layers: KV groups with their query heads, and MLP neurons.
 
     X is what o_proj or down_proj reads, W its weight, j an input channel, n one of N calibration sequences.
@@ -45,7 +46,8 @@ class Flap(SurgeryMethod):
     4. b = W ((1 - M) mean) becomes the bias of o_proj and down_proj, M the mask of kept channels.
 
     Step 3 is structure AL-AM. UL-UM keeps the share 1 - p of every module; AL-MM and UL-MM keep `heads` groups a layer
-    (on average over all layers, or in each), and neurons fill the budget over all layers, or equally in each.
+    (on average over all layers, or in each), and neurons fill the budget over all layers, or equally in each. With one
+    kind of `units` UL-UM keeps the same share of it in every layer.
 
     Rounding: the cost kept is within half a unit of (1 - p) of the total (AL-AM, AL-MM), half a unit a module (UL-UM,
     UL-MM). Then widths become multiples of `multiple`, or all or none of a layer's neurons: the adaptive structures
@@ -64,7 +66,8 @@ class Flap(SurgeryMethod):
     State: see `calibrate` of the surgery engine; p, metric and structure can change without a new fit.
 
     Args:
-        p: fraction of the parameters of the layers' matrices removed.
+        units: both (published) | neurons | groups; what is not cut stays whole, and is no part of step 3's order.
+        p: fraction of the parameters of the layers' matrices removed, whatever is cut.
         metric: WIFV | IFV | WIFN.
         structure: AL-AM | UL-UM | UL-MM | AL-MM.
         heads: KV groups kept a layer; for the -MM structures, and only there.
@@ -85,6 +88,11 @@ class Flap(SurgeryMethod):
     multiple: int = integer(16, "neurons a layer are rounded to it", low=1)
 
     def check(self) -> None:
+        if self.structure.endswith("MM") and self.units != "both":
+            raise Error(
+                f"flap: units = {self.units}: must be both, as structure {self.structure} sets the number of groups "
+                "itself; take AL-AM or UL-UM"
+            )
         if self.structure.endswith("MM") != (self.heads is not None):
             raise Error(
                 f"flap: heads = {self.heads}: structure {self.structure} "
@@ -96,15 +104,14 @@ class Flap(SurgeryMethod):
             )
 
     def at(self, keep: float, shape: Shape) -> Self:
+        group, neuron = unit_cost(self, shape)
+        reaches(self.name, keep, self.units, shape.groups * group, shape.neurons * neuron)
         return self.replace(p=round(1 - keep, 12))
 
     def mirrored(self, shape: Shape) -> dict[str, Any]:
         groups, neurons = self.kept()
-        return {
-            "groups": tuple(int(keep.sum()) for keep in groups),
-            "neurons": tuple(int(keep.sum()) for keep in neurons),
-            "compensate": self.compensate,
-        }
+        of_groups, of_neurons = ([int(keep.sum()) for keep in part] for part in (groups, neurons))
+        return counted(self.units, of_groups, of_neurons, self.compensate)
 
     def fit(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]], **options: Any) -> Self:
         """Record what the channels of every o_proj and down_proj do over calibration data, in one dense pass.
@@ -130,20 +137,34 @@ class Flap(SurgeryMethod):
         neurons = [self.scores("mlp", i) for i in layers]
         head_cost = [int(self.state[f"attention.unit.{i}"][1]) for i in layers]
         neuron_cost = [int(self.state[f"mlp.unit.{i}"][1]) for i in layers]
-        sizes = [len(s) for s in neurons]
-        total = sum(len(s) * c for s, c in zip(heads + neurons, head_cost + neuron_cost))
+        of_heads, of_neurons = [len(s) for s in heads], [len(s) for s in neurons]
+        sizes = of_neurons
+        attention = sum(k * c for k, c in zip(of_heads, head_cost))
+        mlp = sum(k * c for k, c in zip(of_neurons, neuron_cost))
+        reaches(self.name, 1 - self.p, self.units, attention, mlp)
+        whole = {"both": 0, "neurons": attention, "groups": mlp}[self.units]
+        left = (1 - self.p) * (attention + mlp) - whole
+        kept = left / max(attention + mlp - whole, 1)
 
         if self.structure == "AL-AM":
-            counts = _fill(heads + neurons, head_cost + neuron_cost, (1 - self.p) * total)
-            of_heads, of_neurons = counts[: len(heads)], counts[len(heads) :]
+            if self.units == "both":
+                counts = _fill(heads + neurons, head_cost + neuron_cost, left)
+                of_heads, of_neurons = counts[: len(heads)], counts[len(heads) :]
+            elif self.units == "neurons":
+                of_neurons = _fill(neurons, neuron_cost, left)
+            else:
+                of_heads = _fill(heads, head_cost, left)
         elif self.structure == "UL-UM":
-            of_heads, of_neurons = ([math.floor((1 - self.p) * len(s) + 0.5) for s in m] for m in (heads, neurons))
+            if self.units != "neurons":
+                of_heads = [math.floor(kept * k + 0.5) for k in of_heads]
+            if self.units != "groups":
+                of_neurons = [math.floor(kept * k + 0.5) for k in of_neurons]
         else:
             assert self.heads is not None
             of_heads = [self.heads] * len(heads)
             if self.structure == "AL-MM":
                 of_heads = _fill(heads, [1] * len(heads), self.heads * len(heads))
-            left = (1 - self.p) * total - sum(k * c for k, c in zip(of_heads, head_cost))
+            left -= sum(k * c for k, c in zip(of_heads, head_cost))
             each = left / sum(neuron_cost)
             self._reachable(heads, neurons, left / max(neuron_cost))
             of_neurons = [math.floor(each + 0.5)] * len(neurons)

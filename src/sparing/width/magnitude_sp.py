@@ -44,7 +44,8 @@ class MagnitudeSp(UniformWidths):
     Cost: one reading of the weights.
 
     Args:
-        p: share of the parameters of the layers' matrices removed.
+        units: both (published) | neurons | groups; what is not cut stays whole.
+        p: share of the parameters of the layers' matrices removed, whatever is cut.
         multiple: neurons a layer are rounded to it.
         norm: L2 | L1.
         of: unit (all weights that leave with it) | output (its columns of o_proj or down_proj).

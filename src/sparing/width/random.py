@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from sparing.engine.surgery import Plan
-from sparing.engine.units import WidthControl, keep_units
+from sparing.engine.units import keep_units
 from sparing.engine.view import View
+from sparing.engine.widths import WidthControl
 from sparing.grid.method import Card, integer, register
 from sparing.grid.select import top_k
 
@@ -35,6 +36,7 @@ class RandomWidth(WidthControl):
     Each module of each layer has a draw of its own, fixed by the seed. Fewer units are a subset of more.
 
     Args:
+        units: both | neurons | groups; what is not cut stays whole and has no count.
         groups: KV groups kept (with their query heads), one number a layer or one for all; none keeps all.
         neurons: MLP neurons kept, likewise.
         compensate: put the mean of what is cut back as a bias; needs `fit`, or the state of a fitted method.

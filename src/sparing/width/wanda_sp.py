@@ -50,7 +50,8 @@ class WandaSp(UniformWidths):
     State: see `calibrate` of the width engine; all fields can change without a new fit.
 
     Args:
-        p: share of the parameters of the layers' matrices removed.
+        units: both (published) | neurons | groups; what is not cut stays whole.
+        p: share of the parameters of the layers' matrices removed, whatever is cut.
         multiple: neurons a layer are rounded to it.
         compensate: put the mean of what is cut back as a bias, as FLAP does.
 
