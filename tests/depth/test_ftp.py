@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import sparing
-from sparing.depth.ftp import FTP, _Learning, _Routing, answers, factors, route, static
+from sparing.depth.ftp import FTP, _Learning, _Routing, answers, factors, received, route, static
 from sparing.grid.gates import excess_loss
 from sparing.grid.method import Shape
 from sparing.grid.score import divergence
@@ -167,6 +167,30 @@ def test_oracle_5_rank_ignores_the_scale_of_attention() -> None:
     assert bool((x[..., 3] == 0.3).all())
 
 
+@pytest.mark.parametrize("queries", [1, 3])
+def test_oracle_5_attention_is_the_mean_over_heads_and_the_last_queries(queries: int) -> None:
+    """Against the layers' own attention, in a padded batch whose second half is generated."""
+    model = build("llama")
+    model.set_attn_implementation("eager")
+    batch, found = prompt("llama", (9, 6)), []
+
+    class Reads(Spy):
+        def keeps(self, stream: Any, s: float) -> Tensor:
+            found.append(received(stream, queries))
+            return stream.prompt  # nothing leaves, so that the states are the dense ones
+
+    method = Reads(**ftp((0.5,) * LAYERS, threshold=1.0).fields())
+    with torch.no_grad():
+        with sparing.attach(model, method.with_state(state((0.5,) * LAYERS)), prompt=5):
+            model(**batch)
+        weights = model(**batch, output_attentions=True).attentions
+    assert len(found) == LAYERS
+    for a_BN, w_BHTT in zip(found, weights):
+        torch.testing.assert_close(a_BN[0, :5], w_BHTT[0].mean(0)[5 - queries : 5, :5].mean(0), rtol=1e-4, atol=1e-5)
+        mean = w_BHTT[1].mean(0)[max(3, 5 - queries) : 5, 3:5].mean(0)  # two tokens behind three of padding
+        torch.testing.assert_close(a_BN[1, 3:5], mean, rtol=1e-4, atol=1e-5)
+
+
 def test_oracle_5_router_is_equivariant() -> None:
     prompt_BN, order = torch.ones(1, 7, dtype=torch.bool), torch.randperm(7)
     a_BN, learned = torch.rand(1, 7), state()
@@ -284,7 +308,35 @@ def test_oracle_9_search_finds_a_better_profile(llama: PreTrainedModel) -> None:
     assert found.sparsity(LAYERS) == method.fit(llama, data, progress=False).sparsity(LAYERS)
 
 
+def test_the_second_search_starts_from_the_best_of_the_first(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search, seen = FTP.searched, []
+
+    def searched(self: FTP, model: Any, data: Any, start: Any, progress: bool) -> Any:
+        found = search(self, model, data, start, progress)
+        seen.append((self.router, start, found))
+        return found
+
+    monkeypatch.setattr(FTP, "searched", searched)
+    fitted = FTP(s=0.4, population=4, generations=2, elites=2).fit(llama, fitting_data("llama")[:1], progress=False)
+    (one, start, best), (two, again, last) = seen
+    assert (one, two) == ("static", "learned")
+    assert start[0] == (0.4,) * LAYERS and len(set(start)) == 4 and best != start[0]
+    assert again == [best] and fitted.sparsity(LAYERS) == last
+
+
 # --------------------------------------------------------------------------- training
+
+
+def test_the_guide_fades_over_the_first_half(llama: PreTrainedModel) -> None:
+    torch.manual_seed(0)
+    routing = _Routing(llama, ftp(lambdas=(1.0, 0.0, 0.0)))
+    weighed = []
+    for routing.share in (0.0, 0.25, 0.5, 0.8):
+        with torch.no_grad():
+            weighed.append(routing(fitting_data("llama")[0]).item())
+    assert weighed == pytest.approx([weighed[0], weighed[0] / 2, 0, 0]) and weighed[0] > 0.1
 
 
 def test_training_pass_equals_the_real_one(llama: PreTrainedModel) -> None:

@@ -30,7 +30,7 @@ class Objective(nn.Module):
     inside the model), and gives the loss of a batch in `forward`. Buffers of its own are kept in checkpoints too.
 
     Attributes:
-        share: of the steps that lie behind, 0 to 1; set by `train` before each step, for schedules of the loss.
+        share: of the steps that lie behind, 0 to 1; set by `train` before each step and behind it, for schedules.
         shown: numbers shown beside the progress bar.
     """
 
@@ -164,6 +164,7 @@ def train(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
+        objective.share = (step + 1) / steps
         objective.after_step(step)
         if not alone:  # what is learned without a gradient is averaged, as gradients are
             for tensor in objective.learned().values():
