@@ -314,6 +314,7 @@ class Method:
         Raises:
             Error: names the tensor or the size, what it is and what the model has.
         """
+        _rooms()  # with which the engines come that know what to check
         for check in _MODEL_CHECKS:
             check(self, model)
         if not self.state:
@@ -437,6 +438,7 @@ def state_check(check: StateCheck) -> StateCheck:
 def _noting(fit: Callable[..., Method]) -> Callable[..., Method]:
     @functools.wraps(fit)
     def noting(self: Method, model: torch.nn.Module, *args: Any, **options: Any) -> Method:
+        _rooms()
         for check in _MODEL_CHECKS:
             check(self, model)
         fitted = fit(self, model, *args, **options)
@@ -464,12 +466,25 @@ def _described(tensor: Tensor) -> str:
 
 M = TypeVar("M", bound=type[Method])
 _REGISTRY: dict[str, type[Method]] = {}
+ROOMS = ("depth", "experts", "tokens", "width")  #: packages of `sparing` that hold methods
+
+
+def _rooms() -> None:
+    """The rooms are imported, so that their methods are registered: when first asked for, as that takes seconds.
+
+    Nothing here remembers that it was done: of modules that are there already, or on the way in this thread, `import`
+    knows, and another thread waits for it.
+    """
+    for room in ROOMS:
+        importlib.import_module(f"sparing.{room}")
 
 
 def register(name: str, card: Card) -> Callable[[M], M]:
     """Class decorator: give a method its public name and Card, and make it findable."""
 
     def add(cls: M) -> M:
+        if not cls.__module__.startswith("sparing."):
+            _rooms()  # a name that is taken is refused here, not when it is looked up
         if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
             raise Error(f"name = {name!r}: already registered by {_REGISTRY[name].__module__}")
         cls.name = name
@@ -488,6 +503,7 @@ def discover(package: str, path: Iterable[str]) -> None:
 
 def methods(axis: str | None = None, controls: bool = True) -> dict[str, type[Method]]:
     """Registered methods by name, sorted by axis and name; `controls=False` leaves the yardsticks out."""
+    _rooms()
     found = {
         n: c for n, c in _REGISTRY.items() if (axis in (None, c.card.axis)) and (controls or not c.card.is_control)
     }
@@ -498,6 +514,7 @@ def methods(axis: str | None = None, controls: bool = True) -> dict[str, type[Me
 
 def get(name: str) -> type[Method]:
     """The method class of that name; an unknown name is refused with the nearest ones."""
+    _rooms()
     if name not in _REGISTRY:
         near = difflib.get_close_matches(name[:80], _REGISTRY, n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(near)}?" if near else "`sparing methods` lists them"
