@@ -32,6 +32,7 @@ from sparing.grid.method import BudgetError, Card, Error, Method, Shape, choice,
         summary="the prompt votes once which layers all its generated tokens skip; LoRA repairs what that breaks",
         controls=("random", "uniform", "static"),
         fits_budget=True,
+        requires=("lora",),
     ),
 )
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from sparing.grid.method import Card, Shape, integer, number, register
         summary="the dense model with LoRA trained on the same data; spends everything at any budget",
         controls=(),
         tunes=True,
+        requires=("lora",),
         saves="nothing",
         is_control=True,
     ),

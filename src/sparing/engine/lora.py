@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing.engine.train import Batch, Objective, Training, labelled, student, train
-from sparing.engine.view import View
+from sparing.engine.view import PARTS, LayerView, View
 from sparing.grid.files import sized
 from sparing.grid.method import Error, Method, state_check
 
@@ -38,6 +38,16 @@ def targets(model: nn.Module) -> list[str]:
             f"{', '.join((*_QUERY, *_VALUE, *_FUSED))} in the attention of its layers)"
         )
     return found
+
+
+def _targeted(layer: LayerView) -> str | None:
+    kinds = (*_QUERY, *_VALUE, *_FUSED)
+    if layer.attention is None or any(isinstance(getattr(layer.attention, kind, None), nn.Linear) for kind in kinds):
+        return None
+    return f"has no linear module that makes queries or values ({', '.join(kinds)})"
+
+
+PARTS["lora"] = _targeted
 
 
 class _Adapting(Objective):

@@ -148,7 +148,9 @@ class LayerView:
 
     @cached_property
     def _rotary(self) -> Callable[..., tuple[Tensor, Tensor]] | None:
-        return getattr(sys.modules[type(self.attention).__module__], "apply_rotary_pos_emb", None)
+        found = getattr(sys.modules[type(self.attention).__module__], "apply_rotary_pos_emb", None)
+        turns_a_pair = found is not None and list(parameters(found))[:2] == ["q", "k"]  # GPT-J's turns one tensor
+        return found if turns_a_pair else None
 
     @property
     def scale(self) -> float:

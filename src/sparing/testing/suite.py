@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sparing.engine.surgery import undivided
 from sparing.engine.view import View
 from sparing.grid.method import Card, Error, Method, get, methods, parse
 from sparing.testing.models import ARCHITECTURES, VISUAL, build, prompt
@@ -163,6 +164,9 @@ def cannot(card: Card, architecture: str) -> str | None:
         return view.lacks(card.requires)
     if card.axis == "width" and not all(layer.groups and layer.neurons for layer in view.layers):
         return "cuts KV groups and neurons, the model's projections do not fall apart into them"
+    if card.axis == "width":
+        mixed = (undivided(layer, site) for layer in view.layers for site in ("attention", "mlp"))
+        return next((why for why in mixed if why is not None), None)
     return None
 
 
