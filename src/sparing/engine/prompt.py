@@ -130,7 +130,7 @@ class Columns:
         columns = torch.arange(full.shape[1], device=self.device)
         last = torch.where(full, columns, -1).cummax(1).values
         here = slice(self.past, self.past + self.width)
-        return torch.where(full, step.new_tensor(-1), columns - last - 1)[:, here].where(~full[:, here], step)
+        return torch.where(full[:, here], step.clamp(max=-1), (columns - last - 1)[:, here])
 
     @property
     def mixed(self) -> bool:

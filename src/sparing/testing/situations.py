@@ -86,7 +86,7 @@ def second_turn(model: Any, method: Method, architecture: str) -> None:
         second = model.generate(**asked, return_dict_in_generate=True, output_logits=True, **settings)
         width, end = batch["input_ids"].shape[1], first.sequences.shape[1]
         is_prompt = torch.ones_like(second.sequences, dtype=torch.bool)
-        is_prompt[:, width:end] = False
+        is_prompt[:, width : end - 1] = False  # the last token was said and not yet read: the second call hands it in
         is_prompt[:, turn.shape[1] :] = False
         run.prompt = is_prompt
         full = {**batch, "input_ids": second.sequences, "attention_mask": torch.ones_like(second.sequences)}
