@@ -43,6 +43,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from sparing.bench import bounds, tasks, timing
+from sparing.bench.able import check
 from sparing.bench.bounds import Bounds, Cost, Peaks
 from sparing.bench.models import Loaded, load_model
 from sparing.bench.tasks import Task
@@ -129,8 +130,8 @@ BLANK: Row = {
 def compare(
     model: str | PreTrainedModel | Loaded,
     task: str | Task,
-    methods: Sequence[str | Path | Method],
-    keep: Sequence[float] = KEEP,
+    methods: str | Path | Method | Sequence[str | Path | Method],
+    keep: float | Sequence[float] = KEEP,
     *,
     out: str | Path | None = None,
     resume: bool = False,
@@ -150,8 +151,8 @@ def compare(
     Args:
         model: `lab:NAME`, a checkpoint folder, a hub id, a model object, or what `load_model` gave.
         task: `ppl`, `ppl:FILE`, `find-digit`, `vqa:FILE.jsonl`, or a `Task`.
-        methods: names, `name:field=value,…`, folders of fitted methods, or `Method` objects.
-        keep: budgets: shares of the cells of a method's axis that run.
+        methods: names, `name:field=value,…`, folders of fitted methods, or `Method` objects; one or several.
+        keep: budgets: shares of the cells of a method's axis that run; one or several.
         out: folder for `results.jsonl`; None keeps the rows in memory only.
         resume: go on with the run that `out` holds.
         device: where to run.
@@ -170,8 +171,9 @@ def compare(
         The rows, in the order in which they were measured.
 
     Raises:
-        Error: something that the caller asked for cannot be; before any work.
+        Error: something that the caller asked for cannot be, or none of the methods can run; before any work.
     """
+    keep = [keep] if isinstance(keep, (int, float)) else keep
     for share in keep:
         if not (isinstance(share, (int, float)) and 0 < share <= 1):
             raise Error(f"keep = {share}: must be above 0 and at most 1")
@@ -183,8 +185,7 @@ def compare(
     asked = named(methods, fitted or {})
     loaded = model if isinstance(model, Loaded) else load_model(model, device, dtype, processor)
     bound_task = tasks.parse(task, loaded)
-    for spec, method in asked.items():
-        fits(spec, method, loaded, bound_task)
+    check(asked, loaded, bound_task)
     arguments = {
         "model": loaded.name,
         "task": bound_task.name,
@@ -546,6 +547,7 @@ class _Comparison(Work):
         name = f"{method.name} at {keep:g}"
         with self.row(spec, **mine, method=method.name, fields=method.fields(), seed=self.arguments["seed"]) as row:
             self.bar.say(f"{name}: preparing")
+            method.check_model(self.model)  # before its controls cost anything
             method = self.ready(spec, method, keep)
             row["fields"] = method.fields()
             plan = self._plan(method)
@@ -687,10 +689,12 @@ class _Comparison(Work):
 # -------------------------------------------------------------------------------------------------------------- parts
 
 
-def named(methods: Sequence[str | Path | Method], fitted: Mapping[str, str | Path | Method]) -> dict[str, Method]:
-    """The methods by a name that tells them apart."""
+def named(
+    methods: str | Path | Method | Sequence[str | Path | Method], fitted: Mapping[str, str | Path | Method]
+) -> dict[str, Method]:
+    """The methods by a name that tells them apart; one by itself is a list of one."""
     found: dict[str, Method] = {}
-    for item in methods:
+    for item in [methods] if isinstance(methods, (str, Path, Method)) else methods:
         if isinstance(item, Method):
             fields = ",".join(f"{key}={value}" for key, value in item.fields().items())
             spec, method = f"{item.name}:{fields}" if fields else item.name, item
@@ -716,27 +720,6 @@ def _states(asked: Mapping[str, Method]) -> dict[str, Any]:
         elif method.state:
             found[spec] = digest(method)
     return found
-
-
-def fits(spec: str, method: Method, loaded: Loaded, task: Task) -> None:
-    """Refuses what cannot work, before any work."""
-    if method.card.visual and not loaded.sees:
-        raise Error(
-            f"method = {spec!r}: works on visual tokens, and {loaded.name} reads text only; use a vision-language model"
-        )
-    if method.card.visual and not task.visual:
-        raise Error(
-            f"method = {spec!r}: works on visual tokens, and task {task.name} has no images; use find-digit or vqa:FILE"
-        )
-    if method.card.axis == "experts" and not loaded.view.shape.experts:
-        raise Error(f"method = {spec!r}: works on experts, and {loaded.name} has none; use a mixture of experts")
-    if method.state:
-        method.check_model(loaded.model)
-    if not method.ready and not task.calibrates:
-        raise Error(
-            f"method = {spec!r}: has to be fitted on other data; name the folder of a fitted one, or write the task as "
-            f"{task.name},calibration=OTHER"
-        )
 
 
 def digest(method: Method) -> str:

@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 
 from sparing.bench import tasks, timing
+from sparing.bench.able import check
 from sparing.bench.bounds import Cost
 from sparing.bench.compare import (
     Row,
@@ -28,7 +29,6 @@ from sparing.bench.compare import (
     Work,
     bar_of,
     digest,
-    fits,
     named,
     quiet,
     read_rows,
@@ -95,7 +95,7 @@ BLANK: Row = {
 def sweep(
     loaded: Loaded,
     task: str | Task,
-    methods: Sequence[str | Path | Method],
+    methods: str | Path | Method | Sequence[str | Path | Method],
     keep: Sequence[float],
     contexts: Sequence[int],
     batches: Sequence[int] = (1,),
@@ -202,7 +202,7 @@ class Prepared:
 def prepare(
     loaded: Loaded,
     task: str | Task,
-    methods: Sequence[str | Path | Method],
+    methods: str | Path | Method | Sequence[str | Path | Method],
     keep: Sequence[float],
     contexts: Sequence[int],
     batches: Sequence[int] = (1,),
@@ -218,16 +218,16 @@ def prepare(
     for share in keep:
         if not (isinstance(share, (int, float)) and 0 < share <= 1):
             raise Error(f"keep = {share}: must be above 0 and at most 1")
-    for name, values in (("contexts", contexts), ("batches", batches), ("methods", methods), ("keep", keep)):
+    asked = named(methods, fitted or {})
+    for name, values in (("contexts", contexts), ("batches", batches), ("methods", asked), ("keep", keep)):
         if not len(values):
             raise Error(f"{name} = []: name at least one")
     numbers = [("context", value) for value in contexts] + [("batch", value) for value in batches]
     for name, value in [*numbers, ("tokens", tokens), *([] if repeats is None else [("repeats", repeats)])]:
         if not isinstance(value, int) or value < 1:
             raise Error(f"{name} = {value}: must be a whole number of at least 1")
-    asked, bound = named(methods, fitted or {}), tasks.parse(task, loaded)
-    for spec, method in asked.items():
-        fits(spec, method, loaded, bound)
+    bound = tasks.parse(task, loaded)
+    check(asked, loaded, bound)
     remark = _room(loaded, max(contexts))
     for context in sorted(set(contexts)):
         bound.sized(context, 1)  # says what it needs, if that is more

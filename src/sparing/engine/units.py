@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparing.engine.surgery import LayerCut, Plan, SurgeryMethod
 from sparing.engine.view import LayerView, View, evaluating, heads_a_group
-from sparing.grid.method import Error, Method, Shape, flag, numbers, state_check
+from sparing.grid.method import Error, Method, Shape, flag, model_check, numbers, state_check
 from sparing.grid.score import standardise
 
 
@@ -203,6 +203,32 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> dict
                 state[f"{site}.{key}.{layer.index}"] = value
             state[f"{site}.unit.{layer.index}"] = torch.tensor(unit)
     return state
+
+
+@model_check
+def _has_units(method: Method, model: nn.Module) -> None:
+    """Refuses a model whose layers do not fall apart into units, before anything is calibrated.
+
+    Not asked of methods that name what they need themselves (`Card.requires`), nor of the half that a method leaves
+    alone by its field `units`. What an earlier cut left without inputs has nothing more to cut, and may stay.
+    """
+    card, units = method.card, method.fields().get("units", "both")
+    if (card.axis, card.kind) != ("width", "surgery") or card.requires:
+        return
+    for layer in View(model).layers:
+        for name, what, count in (("o_proj", "groups", layer.groups), ("down_proj", "neurons", layer.neurons)):
+            if count or units not in ("both", what):
+                continue
+            try:
+                if getattr(layer.projection(name), "in_features", None) == 0:
+                    continue
+                why = f"its {name} reads no whole {what}"
+            except Error as problem:
+                why = str(problem)
+            raise Error(
+                f"{method.name}: layer {layer.index} has {layer.groups} KV groups and {layer.neurons} neurons that can "
+                f"be cut, {type(model).__name__} is no model for it ({why})"
+            )
 
 
 _STATISTICS = ("mean", "var", "norm", "weight1", "weight2")
