@@ -350,6 +350,31 @@ def test_the_folder_of_another_run(compared: tuple[list[object], Path, Result]) 
     refused(run(*arguments[:-2], "--limit", 9), str(out), "holds another run", "limit 2, now 9")
 
 
+def test_a_comparison_without_a_result_ends_in_1(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    """What failed or did nothing is named in one line beside the report; what is out of reach is no fault."""
+    about = ["-t", f"ppl:{text}", "--repeats", 0, "--limit", 1, "--no-controls"]
+    mine = ["compare", checkpoint, *about, "-m", "unified-layer-skipping"]
+    result = run(*mine, "-k", "0.95,0.5", "-o", tmp_path / "a")
+    assert result.exit_code == 1 and result.stdout.splitlines()[-1].endswith("report.html")
+    assert result.stderr == "Exit code 1: inert, which is no result: unified-layer-skipping at 95 %.\n"
+    assert (tmp_path / "a" / "map-unified-layer-skipping.svg").read_text().count("keep 95 %") == 0
+    again = run(*mine, "-k", "0.95,0.5", "-o", tmp_path / "a", "--resume")
+    assert (again.exit_code, again.stderr) == (1, result.stderr)
+    assert run(*mine, "-k", "0.5,0.1", "-o", tmp_path / "b").exit_code == 0
+    result = run(*mine, "-k", "0.1", "-o", tmp_path / "c")
+    assert result.exit_code == 1 and "nothing but the dense model was measured" in result.stderr
+    assert run("report", tmp_path / "a", "-o", tmp_path / "d").exit_code == 0
+
+
+def test_an_empty_calibration_text(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    told = "0 tokens; at least 512, one piece of text, are needed"
+    task = f"ppl:{text},calibration={empty}"
+    refused(run("compare", checkpoint, "-t", task, "-m", "flap", "-o", tmp_path / "a"), "calibration text has", told)
+    refused(run("prune", checkpoint, "-m", "flap", "-k", 0.5, "-d", empty, "-o", tmp_path / "b"), str(empty), told)
+
+
 def test_report_gathers_runs(compared: tuple[list[object], Path, Result], tmp_path: Path) -> None:
     result = run("report", compared[1], "--out", tmp_path)
     assert result.exit_code == 0, result.output

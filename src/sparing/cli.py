@@ -1,6 +1,7 @@
 """The command `sparing`.
 
-A mistake of the user ends in one line on standard error and exit code 2, Ctrl-C in exit code 130. Anything else that
+A mistake of the user ends in one line on standard error and exit code 2, a comparison in which methods failed or did
+nothing in exit code 1 and a line that says so, Ctrl-C in exit code 130. Anything else that
 goes wrong is a fault of the library and shows its traceback. torch and transformers are imported by the commands that
 need them, so that `--help` answers at once.
 """
@@ -235,7 +236,7 @@ def _compare(
     given = _axes(sweep) if sweep else None
     _writable(out)
     _quiet()
-    from sparing.bench import report
+    from sparing.bench import report, summary
     from sparing.bench.compare import compare
 
     where: tuple[Any, Any] = model, task
@@ -276,6 +277,9 @@ def _compare(
     console.print(report.terminal(rows))
     console.print("Report:", style="bold", end=" ")
     _print_path(path)
+    if told := summary.shortfall(rows):
+        _complain(told, "bold red")
+        raise typer.Exit(1)
 
 
 @app.command("report")
@@ -794,11 +798,8 @@ def _batches(loaded: Loaded, data: str, count: int) -> Iterable[Any]:
         text = Path(data).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
         raise _error(f"--data {data}: cannot be read as UTF-8 text: {problem}") from problem
-    found = list(tasks.text_batches(loaded, text, count))
-    tokens = sum(batch["input_ids"].numel() for batch in found)
-    if tokens < tasks.PIECE:
-        raise _error(f"--data {data}: has {tokens} tokens; at least {tasks.PIECE}, one piece of text, are needed")
-    return found
+    tasks.check_enough(loaded, text, f"--data {data}: has")
+    return list(tasks.text_batches(loaded, text, count))
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:

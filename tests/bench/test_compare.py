@@ -163,9 +163,12 @@ def test_beating_a_control(
 def test_a_failing_method_is_a_row_and_the_run_goes_on(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: UnifiedLayerSkipping, stream: object, layer: int) -> None:
+    whole = UnifiedLayerSkipping.before_layer
+
+    def broken(self: UnifiedLayerSkipping, stream: Any, layer: int) -> None:
         if self.S == 1.5:
             raise RuntimeError("a fault\nin two lines")
+        whole(self, stream, layer)
 
     monkeypatch.setattr(UnifiedLayerSkipping, "before_layer", broken)
     rows = run(

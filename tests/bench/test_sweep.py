@@ -274,9 +274,12 @@ def test_a_cut_is_made_once_a_budget(reader: Loaded, text: tasks.Task, monkeypat
 
 
 def test_a_cell_that_fails_is_a_row(reader: Loaded, text: tasks.Task, tmp_path: Path, monkeypatch: Any) -> None:
+    whole = UnifiedLayerSkipping.before_layer
+
     def broken(self: UnifiedLayerSkipping, stream: Any, layer: int) -> None:
         if stream.batch > 1:
             raise RuntimeError("no room\nfor two")
+        whole(self, stream, layer)
 
     monkeypatch.setattr(UnifiedLayerSkipping, "before_layer", broken)
     found = small(reader, text, tmp_path / "out", contexts=[8])

@@ -80,7 +80,8 @@ def test_text_calibration_is_apart(reader: Loaded, tmp_path: Path) -> None:
     batches = list(task.batches(4))
     b = reader.tokenizer.convert_tokens_to_ids("b")
     assert len(batches) == 1 and batches[0]["input_ids"].shape == (8, 512)
-    assert (batches[0]["input_ids"] == b).all()
+    bos = reader.tokenizer.bos_token_id
+    assert (batches[0]["input_ids"][:, 1:] == b).all() and (batches[0]["input_ids"][:, 0] == bos).all()
     assert (batches[0]["labels"][:, :256] == -100).all() and (batches[0]["labels"][:, 256:] == b).all()
 
 

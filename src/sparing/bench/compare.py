@@ -20,7 +20,7 @@ import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -43,14 +43,17 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from sparing.bench import bounds, tasks, timing
+from sparing.bench.able import check
 from sparing.bench.bounds import Bounds, Cost, Peaks
+from sparing.bench.inert import Inert, acted, experts, parameters, partly, uncut
 from sparing.bench.models import Loaded, load_model
+from sparing.bench.summary import carrying
 from sparing.bench.tasks import Task
 from sparing.bench.timing import Ratio, Stages
 from sparing.engine.attach import Run, attach
 from sparing.engine.checkpoint import save_pretrained
 from sparing.engine.surgery import prune
-from sparing.engine.view import View, evaluating
+from sparing.engine.view import evaluating
 from sparing.grid.files import parse_json, read_json, short
 from sparing.grid.method import BudgetError, Error, Method, load, load_fits, parse
 from sparing.grid.method import methods as all_methods
@@ -113,8 +116,8 @@ BLANK: Row = {
     "size_mb": None,  # checkpoint on disk, surgery only
     "size_dense_mb": None,
     # how
-    "status": "ok",  # ok | unreachable | failed
-    "note": "",
+    "status": "ok",  # ok | unreachable | inert (everything ran: no result) | failed
+    "note": "",  # why it is not ok; else what a reader should know
     "model": None,
     "task": None,
     "limit": None,
@@ -129,8 +132,8 @@ BLANK: Row = {
 def compare(
     model: str | PreTrainedModel | Loaded,
     task: str | Task,
-    methods: Sequence[str | Path | Method],
-    keep: Sequence[float] = KEEP,
+    methods: str | Path | Method | Sequence[str | Path | Method],
+    keep: float | Sequence[float] = KEEP,
     *,
     out: str | Path | None = None,
     resume: bool = False,
@@ -150,8 +153,8 @@ def compare(
     Args:
         model: `lab:NAME`, a checkpoint folder, a hub id, a model object, or what `load_model` gave.
         task: `ppl`, `ppl:FILE`, `find-digit`, `vqa:FILE.jsonl`, or a `Task`.
-        methods: names, `name:field=value,…`, folders of fitted methods, or `Method` objects.
-        keep: budgets: shares of the cells of a method's axis that run.
+        methods: names, `name:field=value,…`, folders of fitted methods, or `Method` objects; one or several.
+        keep: budgets: shares of the cells of a method's axis that run; one or several.
         out: folder for `results.jsonl`; None keeps the rows in memory only.
         resume: go on with the run that `out` holds.
         device: where to run.
@@ -167,11 +170,13 @@ def compare(
         progress: show a progress bar on standard error.
 
     Returns:
-        The rows, in the order in which they were measured.
+        The rows, in the order in which they were measured. One whose `status` is not ok is no result: the method could
+        not spend its budget (unreachable), ran everything although less was asked for (inert), or failed.
 
     Raises:
-        Error: something that the caller asked for cannot be; before any work.
+        Error: something that the caller asked for cannot be, or none of the methods can run; before any work.
     """
+    keep = [keep] if isinstance(keep, (int, float)) else keep
     for share in keep:
         if not (isinstance(share, (int, float)) and 0 < share <= 1):
             raise Error(f"keep = {share}: must be above 0 and at most 1")
@@ -183,8 +188,7 @@ def compare(
     asked = named(methods, fitted or {})
     loaded = model if isinstance(model, Loaded) else load_model(model, device, dtype, processor)
     bound_task = tasks.parse(task, loaded)
-    for spec, method in asked.items():
-        fits(spec, method, loaded, bound_task)
+    check(asked, loaded, bound_task)
     arguments = {
         "model": loaded.name,
         "task": bound_task.name,
@@ -403,6 +407,10 @@ class Subject:
         with self.running():
             return timing.generation(self.model, inputs, self.steps)
 
+    def generate(self, inputs: tasks.Batch) -> None:
+        """A prompt and `steps` real decode steps, as it runs now."""
+        timing.decode(self.model, inputs, timing.prefill(self.model, inputs), self.steps)
+
     def cost(self, inputs: tasks.Batch) -> dict[str, Cost]:
         """Of prefill, and of one decode step."""
         out: list[Any] = []
@@ -492,6 +500,21 @@ class Work:
             return Subject(prune(self.model, method).eval())
         return Subject(self.model, method, max(timing.STEPS, min(method.horizon, HORIZON)))
 
+    def cells(
+        self, run: Run | None, subject: Subject, method: Method, inputs: Callable[[], tasks.Batch]
+    ) -> tuple[float | None, str]:
+        """Share of the cells that ran, and why a method that was to leave some out left none (else nothing).
+
+        Cells are parameters of the layers or experts that are left of a cut model, or what ran under an attached
+        method: in what the trace holds already, and in real decode steps behind `inputs`.
+        """
+        if subject.model is not self.model:
+            count = experts if method.card.axis == "experts" else parameters
+            return count(subject.model) / count(self.model), uncut(self.model, subject.model)
+        if run is None:
+            return None, ""
+        return acted(run, method, lambda: subject.generate(inputs()))
+
     @contextmanager
     def row(self, what: str, **known: Any) -> Iterator[Row]:
         """A row to fill; it is kept in any case, with what went wrong if something did."""
@@ -503,6 +526,8 @@ class Work:
             yield row
         except BudgetError as problem:
             row |= {"status": "unreachable", "note": str(problem)}
+        except Inert as problem:
+            row |= {"status": "inert", "note": str(problem)}
         except Exception as problem:  # a method's failure is a result; the run goes on
             if row["method"] == "dense":
                 raise Error(f"model = {self.loaded.name!r}: fails on {self.task.name} as it is: {problem}") from problem
@@ -546,6 +571,7 @@ class _Comparison(Work):
         name = f"{method.name} at {keep:g}"
         with self.row(spec, **mine, method=method.name, fields=method.fields(), seed=self.arguments["seed"]) as row:
             self.bar.say(f"{name}: preparing")
+            method.check_model(self.model)  # before its controls cost anything
             method = self.ready(spec, method, keep)
             row["fields"] = method.fields()
             plan = self._plan(method)
@@ -556,7 +582,7 @@ class _Comparison(Work):
             row["seconds"] = time.perf_counter()  # the controls have rows of their own
             self.bar.say(f"{name}: quality", len(plan), len(plan) + 2)
             subject = self.subject(method)
-            self._quality(row, subject)
+            self._quality(row, subject, method)
             row["beats_control"] = self._beats(row)
             self.bar.say(f"{name}: speed", len(plan) + 1, len(plan) + 2)
             if self.arguments["repeats"] != 0:
@@ -577,9 +603,14 @@ class _Comparison(Work):
         kind, keep = known["control"], known["keep"]
         with self.row(f"{known['spec']}, {kind} control", **known, method=kind) as row:
             if kind != "downsample":
-                control = method.control(kind, self.loaded.view.shape, known["seed"])
+                try:
+                    control = method.control(kind, self.loaded.view.shape, known["seed"])
+                except Error as problem:  # it has no such control with these settings, and says why
+                    raise BudgetError(str(problem)) from problem
                 row |= {"method": control.name, "fields": control.fields()}
-                self._quality(row, self.subject(control))
+                self._quality(row, self.subject(control), control)
+                if _carries(control, method):
+                    row["note"] = "; ".join(filter(None, (row["note"], carrying(method.name))))
                 return
             # the dense model on smaller pictures: one number for all methods at this budget
             same = self.store.find(control="downsample", keep=keep, status="ok")
@@ -589,37 +620,23 @@ class _Comparison(Work):
             task = self.task.downsampled(keep)
             if task is None:
                 raise BudgetError(f"keep = {keep:g}: is less than one visual token")
-            self._quality(row, Subject(self.model), task)
+            self._quality(row, Subject(self.model), task=task)
 
-    def _quality(self, row: Row, subject: Subject, task: Task | None = None) -> None:
-        task, limit = task or self.task, self.arguments["limit"]
+    def _quality(self, row: Row, subject: Subject, method: Method | None = None, task: Task | None = None) -> None:
+        """The quality of the subject, made by `method`, or dense; what left nothing out though it was to is Inert."""
+        task, limit, idle = task or self.task, self.arguments["limit"], ""
         with subject.running(trace=True) as run:
             quality = task.evaluate(subject.model, run, limit, self.bar.part)
-            row["cells"] = self._cells(run, subject, row)
+            row["note"] = partly(run.trace) if run is not None else ""
+            if method is not None:
+                row["cells"], idle = self.cells(run, subject, method, self.task.inputs)
         if not math.isfinite(quality):
             raise ArithmeticError(f"{task.metric} is {quality}")
+        if idle and method is not None:
+            refuse_idle(row, method, idle)
         dense = quality if row["method"] == "dense" else self.store.find(method="dense")["quality"]  # type: ignore[index]
         row |= {"quality": quality, "quality_dense": dense, "quality_loss_pct": task.loss(quality, dense)}
         row["details"] = task.details(quality, limit)
-
-    def _cells(self, run: Run | None, subject: Subject, row: Row) -> float | None:
-        """Share of the cells that ran: parameters of the layers or experts that are left, or what the evaluation ran.
-
-        For a method that acts in decoding it is what real decode steps run.
-        """
-        if row["axis"] == "experts" and subject.model is not self.model:
-            return _experts(subject.model) / _experts(self.model)
-        if subject.model is not self.model:
-            return _block_parameters(subject.model) / _block_parameters(self.model)
-        if run is None or subject.method is None or subject.method.card.axis not in ("tokens", "depth", "experts"):
-            return None
-        card = subject.method.card
-        if card.phase != "decode":
-            return run.trace.share(card.axis)
-        run.prompt, inputs = None, self.task.inputs()
-        run.trace.reset()
-        timing.decode(run.model, inputs, timing.prefill(run.model, inputs), subject.steps)
-        return run.trace.share(card.axis, "decode")
 
     def _beats(self, row: Row) -> bool | None:
         """Better than random by more than its spread over seeds, and not worse than any other control but oracles."""
@@ -659,7 +676,8 @@ class _Comparison(Work):
         acts = (method.card.phase,) if method.card.phase in PHASES else PHASES
         slow = [p for p in PHASES if speed[p].high < 1]
         row["slower_than_dense"] = any(p in acts for p in slow)
-        notes = [f"{p} is slower than dense" for p in slow]
+        notes = [row["note"]] if row["note"] else []
+        notes += [f"{p} is slower than dense" for p in slow]
         if row["bound"] and speed[phase].low > row["bound"]:
             notes.append(f"{phase} is faster than its bound of {row['bound']:.2f}")
         row["note"] = "; ".join(notes)
@@ -687,10 +705,12 @@ class _Comparison(Work):
 # -------------------------------------------------------------------------------------------------------------- parts
 
 
-def named(methods: Sequence[str | Path | Method], fitted: Mapping[str, str | Path | Method]) -> dict[str, Method]:
-    """The methods by a name that tells them apart."""
+def named(
+    methods: str | Path | Method | Sequence[str | Path | Method], fitted: Mapping[str, str | Path | Method]
+) -> dict[str, Method]:
+    """The methods by a name that tells them apart; one by itself is a list of one."""
     found: dict[str, Method] = {}
-    for item in methods:
+    for item in [methods] if isinstance(methods, (str, Path, Method)) else methods:
         if isinstance(item, Method):
             fields = ",".join(f"{key}={value}" for key, value in item.fields().items())
             spec, method = f"{item.name}:{fields}" if fields else item.name, item
@@ -718,25 +738,19 @@ def _states(asked: Mapping[str, Method]) -> dict[str, Any]:
     return found
 
 
-def fits(spec: str, method: Method, loaded: Loaded, task: Task) -> None:
-    """Refuses what cannot work, before any work."""
-    if method.card.visual and not loaded.sees:
-        raise Error(
-            f"method = {spec!r}: works on visual tokens, and {loaded.name} reads text only; use a vision-language model"
-        )
-    if method.card.visual and not task.visual:
-        raise Error(
-            f"method = {spec!r}: works on visual tokens, and task {task.name} has no images; use find-digit or vqa:FILE"
-        )
-    if method.card.axis == "experts" and not loaded.view.shape.experts:
-        raise Error(f"method = {spec!r}: works on experts, and {loaded.name} has none; use a mixture of experts")
-    if method.state:
-        method.check_model(loaded.model)
-    if not method.ready and not task.calibrates:
-        raise Error(
-            f"method = {spec!r}: has to be fitted on other data; name the folder of a fitted one, or write the task as "
-            f"{task.name},calibration=OTHER"
-        )
+def _carries(control: Method, method: Method) -> bool:
+    """Whether a control runs on weights that were trained for the method, and not on a training of its own."""
+    card = method.card
+    if not control.state or not (card.trains or card.needs == "training") or method.draws is not None:
+        return False
+    return type(control) is type(method) or any(name.startswith(("weight.", "lora.")) for name in control.state)
+
+
+def refuse_idle(row: Row, method: Method, why: str) -> None:
+    """Makes a row inert in which a method left nothing out, where it was to spend less than everything."""
+    if row["keep"] < 1 and method.card.saves != "nothing":
+        asked = row.get("control") is None and row["spec"].startswith(method.name)
+        raise Inert(f"{row['spec'] if asked else method.name} {why}; keep = {row['keep']:g} was asked for")
 
 
 def digest(method: Method) -> str:
@@ -760,14 +774,6 @@ def _costs(costs: Mapping[str, Cost]) -> Row:
 
 def _cost(row: Row, phase: str) -> Cost:
     return Cost(row[f"{phase}_flops"], row[f"{phase}_bytes"])
-
-
-def _experts(model: nn.Module) -> int:
-    return sum(layer.experts.count for layer in View(model).layers if layer.experts is not None)
-
-
-def _block_parameters(model: nn.Module) -> int:
-    return sum(weight.numel() for weight in View(model).stack.parameters())
 
 
 def _slug(spec: str) -> str:

@@ -44,8 +44,9 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from sparing.bench.causal import check_causal
 from sparing.bench.models import Loaded
-from sparing.bench.tasks import Batch, Progress, Run, Task, text_batches
+from sparing.bench.tasks import Batch, Progress, Run, Task, check_enough, text_batches
 from sparing.bench.timing import STEPS, takes
 from sparing.grid.method import Error
 
@@ -84,6 +85,9 @@ class Harness(Task):
         self.name = name or f"lm-eval:{task}"
         self._loaded, self._calibration = loaded, calibration
         self.calibrates = calibration is not None
+        if calibration is not None:
+            check_enough(loaded, calibration, f"task = {self.name!r}: the calibration text has")
+        check_causal(loaded)
         with _silent(), _seeded():
             _installed(self.name)
             self._task = _local(self.name, Path(task).expanduser()) if _is_file(task) else _known(self.name, task)

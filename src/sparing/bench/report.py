@@ -153,6 +153,8 @@ class _Fitting:
                 if (table := _terminal_table(experiment, heads, spread, options.max_width))
             )
             yield Text()
+            for sentence in summary.carried(experiment):
+                yield Text(sentence, style="dim")
         if any(line.controls for experiment in self.found for line in experiment.lines):
             yield Text("random, uniform, …, oracle: what a control of the same budget loses, in %.", style="dim")
 

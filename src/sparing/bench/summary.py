@@ -99,7 +99,7 @@ class Line:
         """(words, tone), tone one of good, bad, warn, quiet."""
         status, note = self.row.get("status", "ok"), str(self.row.get("note") or "")
         if status != "ok":
-            return f"{status}: {note}" if note else status, "bad" if status == "failed" else "quiet"
+            return f"{status}: {note}" if note else status, "quiet" if status == "unreachable" else "bad"
         parts, tone = [], "quiet"
         beats, rivals, random = self.row.get("beats_control"), self.rivals, self.control("random")
         ahead = [k for k in rivals if k != "random" or (random and self.row["quality_loss_pct"] > random.mean)]
@@ -429,7 +429,44 @@ def findings(experiment: Experiment) -> list[tuple[str, str]]:
         has = {"accuracy": f"reaches an accuracy of {value}", "bits_per_byte": f"needs {value} bits per byte"}
         words = has.get(experiment.metric, f"has {experiment.metric} {value}")
         said.append(("quiet", f"The dense model {words} on {experiment.task}."))
-    return said + _complaints(experiment.lines)
+    return said + _complaints(experiment.lines) + [("quiet", sentence) for sentence in carried(experiment)]
+
+
+def carrying(name: str) -> str:
+    """What the row of a control says that runs on the weights that were trained for the method."""
+    return f"carries {name}'s trained weights"
+
+
+def carried(experiment: Experiment) -> list[str]:
+    """One sentence for each method whose controls run on the weights that were trained for it."""
+    found: dict[str, dict[str, None]] = {}
+    for line in experiment.lines:
+        note = carrying(str(line.row["method"]))
+        for kind, rows in line.controls.items():
+            if any(note in str(row.get("note") or "") for row in rows):
+                found.setdefault(note, {})[SPOKEN.get(kind, kind)] = None
+    return [f"Control {_listed(list(kinds))}: {note}, no training of its own." for note, kinds in found.items()]
+
+
+def shortfall(rows: Iterable[Row]) -> str:
+    """What keeps a comparison from being a success, in one line; nothing where it is one.
+
+    That is rows that failed or are inert, or that no method could spend any budget that was asked for.
+    """
+    rows = sorted((row for row in rows if row["method"] != "dense"), key=lambda row: bool(row.get("control")))
+    parts = []
+    for status, words in (("failed", "failed"), ("inert", "inert, which is no result")):
+        names = list(dict.fromkeys(_said(row) for row in rows if row.get("status", "ok") == status))
+        if names:
+            parts.append(f"{words}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else ""))
+    if not parts and rows and all(row.get("status") == "unreachable" for row in rows):
+        parts = ["nothing but the dense model was measured: all budgets are out of the methods' reach"]
+    return f"Exit code 1: {'; '.join(parts)}." if parts else ""
+
+
+def _said(row: Row) -> str:
+    whose = f", {row['control']} control of {row.get('of')}" if row.get("control") else ""
+    return f"{row['method'] if whose else _spec(row)}{whose} at {percent(row['keep'])}"
 
 
 def _complaints(lines: Sequence[Line]) -> list[tuple[str, str]]:
@@ -445,6 +482,7 @@ def _complaints(lines: Sequence[Line]) -> list[tuple[str, str]]:
     for words, tone, chosen in (
         ("Slower than dense", "warn", [line for line in lines if line.ran and line.row.get("slower_than_dense")]),
         ("Out of reach of the method", "quiet", [line for line in lines if line.row.get("status") == "unreachable"]),
+        ("Inert, so no result (everything ran)", "bad", [line for line in lines if line.row.get("status") == "inert"]),
         ("Failed", "bad", [line for line in lines if line.row.get("status") == "failed"]),
     ):
         if chosen:

@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 
 from sparing.bench import tasks, timing
+from sparing.bench.able import check
 from sparing.bench.bounds import Cost
 from sparing.bench.compare import (
     Row,
@@ -28,10 +29,10 @@ from sparing.bench.compare import (
     Work,
     bar_of,
     digest,
-    fits,
     named,
     quiet,
     read_rows,
+    refuse_idle,
     refuse_other,
     versions,
 )
@@ -80,7 +81,7 @@ BLANK: Row = {
     "decode_bound": None,
     "total_bound": None,  # if the time of either phase shrank as its FLOPs do
     # how
-    "status": "ok",  # ok | unreachable | failed
+    "status": "ok",  # ok | unreachable | inert | failed
     "note": "",
     "model": None,
     "task": None,
@@ -95,7 +96,7 @@ BLANK: Row = {
 def sweep(
     loaded: Loaded,
     task: str | Task,
-    methods: Sequence[str | Path | Method],
+    methods: str | Path | Method | Sequence[str | Path | Method],
     keep: Sequence[float],
     contexts: Sequence[int],
     batches: Sequence[int] = (1,),
@@ -202,7 +203,7 @@ class Prepared:
 def prepare(
     loaded: Loaded,
     task: str | Task,
-    methods: Sequence[str | Path | Method],
+    methods: str | Path | Method | Sequence[str | Path | Method],
     keep: Sequence[float],
     contexts: Sequence[int],
     batches: Sequence[int] = (1,),
@@ -218,16 +219,16 @@ def prepare(
     for share in keep:
         if not (isinstance(share, (int, float)) and 0 < share <= 1):
             raise Error(f"keep = {share}: must be above 0 and at most 1")
-    for name, values in (("contexts", contexts), ("batches", batches), ("methods", methods), ("keep", keep)):
+    asked = named(methods, fitted or {})
+    for name, values in (("contexts", contexts), ("batches", batches), ("methods", asked), ("keep", keep)):
         if not len(values):
             raise Error(f"{name} = []: name at least one")
     numbers = [("context", value) for value in contexts] + [("batch", value) for value in batches]
     for name, value in [*numbers, ("tokens", tokens), *([] if repeats is None else [("repeats", repeats)])]:
         if not isinstance(value, int) or value < 1:
             raise Error(f"{name} = {value}: must be a whole number of at least 1")
-    asked, bound = named(methods, fitted or {}), tasks.parse(task, loaded)
-    for spec, method in asked.items():
-        fits(spec, method, loaded, bound)
+    bound = tasks.parse(task, loaded)
+    check(asked, loaded, bound)
     remark = _room(loaded, max(contexts))
     for context in sorted(set(contexts)):
         bound.sized(context, 1)  # says what it needs, if that is more
@@ -326,9 +327,10 @@ class _Sweep(Work):
     blank: ClassVar[Row] = BLANK
 
     _dense: dict[int, dict[str, Cost]] = field(default_factory=dict)  # by context
-    _now: tuple[str, float] | None = None  # spec and budget of the next three
+    _now: tuple[str, float] | None = None  # spec and budget of the next four
     _made: tuple[Method, Subject] | Exception | None = None
     _costs: dict[int, dict[str, Cost]] = field(default_factory=dict)
+    _whole: dict[int, str] = field(default_factory=dict)
 
     def run(self, asked: Mapping[str, Method]) -> None:
         """Everything that is not there yet."""
@@ -357,6 +359,8 @@ class _Sweep(Work):
             most = _positions(self.loaded)
             row["note"] = _beyond(self.loaded.name, most) if most and ids.shape[1] + timing.STEPS > most else ""
             row |= self._bounds(subject, at["context"])
+            if idle := self._idle(method, subject, at["context"]):
+                refuse_idle(row, method, idle)
             reference = Subject(self.model)
             speed = timed(
                 lambda: self._stages(reference, inputs),
@@ -372,7 +376,7 @@ class _Sweep(Work):
     def _ready_at(self, spec: str, keep: float, method: Method) -> tuple[Method, Subject]:
         """The method at its budget and what is measured; made once, and if that fails, failed once."""
         if self._now != (spec, keep):
-            self._now, self._made, self._costs = (spec, keep), None, {}
+            self._now, self._made, self._costs, self._whole = (spec, keep), None, {}, {}
             try:
                 method = self.ready(spec, method, keep)
                 self._made = method, self.subject(method)
@@ -382,6 +386,15 @@ class _Sweep(Work):
         if isinstance(self._made, Exception):
             raise self._made
         return self._made
+
+    def _idle(self, method: Method, subject: Subject, context: int) -> str:
+        """Why a method leaves nothing out of a prompt of that length and what is generated behind it; else nothing."""
+        if context not in self._whole:
+            inputs = self.task.sized(context, 1)
+            with subject.running(trace=True) as run:
+                subject.generate(inputs)
+                self._whole[context] = self.cells(run, subject, method, lambda: inputs)[1]
+        return self._whole[context]
 
     def _stages(self, subject: Subject, inputs: tasks.Batch) -> Stages:
         """Seconds of one generation, with those of a whole one of `tokens` tokens."""

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
+from sparing.bench.causal import check_causal
 from sparing.bench.models import Loaded
 from sparing.bench.timing import takes
 from sparing.grid.files import short
@@ -153,8 +154,9 @@ class Text(Task):
     A window holds `window` tokens: first context, then `stride` tokens that are scored. The next window starts `stride`
     tokens later, so every token is scored once and always sees `window - stride` tokens before it. The first `window -
     stride` tokens of the text are context only. A text shorter than a window is one window whose second half is scored.
-    A tokenizer that starts texts with a `<bos>` starts every window with it. A method that acts on generated tokens is
-    told that the context is the prompt, so it acts on the scored ones as if they were generated.
+    A tokenizer that starts texts with a `<bos>` starts every window with it, and every piece to fit on. A method that
+    acts on generated tokens is told that the context is the prompt, so it acts on the scored ones as if they were
+    generated.
 
     Bytes are those of the scored part of the text in UTF-8. With `limit`, that many windows are taken evenly from the
     whole text.
@@ -189,7 +191,7 @@ class Text(Task):
         self.name, self._domain = name, domain
         self._loaded, self._batch, self._calibration = loaded, batch, calibration
         tokenizer = loaded.tokenizer
-        self._start = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []
+        self._start = start_of(tokenizer)
         most = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or 1024
         window = min(1024, most) if window is None else window
         stride = window // 2 if stride is None else stride
@@ -204,6 +206,9 @@ class Text(Task):
         self._ids, self._bytes = _encode(tokenizer, text)
         if len(self._ids) < 2:
             raise Error(f"task = {name!r}: the text has {len(self._ids)} tokens; at least 2 are needed")
+        if calibration is not None:
+            check_enough(loaded, calibration, f"task = {name!r}: the calibration text has")
+        check_causal(loaded)
         self._stride = stride
         self._context = min(window - stride - len(self._start), len(self._ids) // 2)
 
@@ -239,8 +244,7 @@ class Text(Task):
         total = len(self._ids)
         begins = torch.arange(batch) * total // batch if batch <= total else torch.arange(batch)
         rows = self._ids[(begins[:, None] + torch.arange(context - len(self._start))) % total]
-        ids = torch.cat([torch.tensor(self._start, dtype=torch.long).expand(batch, -1), rows], 1)
-        return {"input_ids": ids.to(self._loaded.model.device)}
+        return {"input_ids": _started(self._start, rows).to(self._loaded.model.device)}
 
     def batches(self, n: int) -> Iterator[Batch]:
         """Batches of 8 pieces of 512 tokens, evenly from the calibration text; see `text_batches`."""
@@ -264,8 +268,7 @@ class Text(Task):
     def _together(self, spans: list[tuple[int, int]], scored: bool = True) -> Batch:
         """(B, T) input ids of windows, with their scored part or without."""
         rows = [self._ids[start - self._context : stop if scored else start] for start, stop in spans]
-        ids = torch.stack([torch.cat([torch.tensor(self._start, dtype=torch.long), row]) for row in rows])
-        return {"input_ids": ids.to(self._loaded.model.device)}
+        return {"input_ids": _started(self._start, torch.stack(rows)).to(self._loaded.model.device)}
 
     @torch.no_grad()
     def _nats(self, model: nn.Module, run: Run | None, spans: list[tuple[int, int]]) -> float:
@@ -286,17 +289,40 @@ class Text(Task):
 def text_batches(loaded: Loaded, text: str, n: int, *, batch: int = ROWS, length: int = PIECE) -> Iterator[Batch]:
     """`n` batches of pieces of a text, taken evenly from all of it, to calibrate or train on.
 
+    A piece starts as scored windows do, with a `<bos>` where the tokenizer puts one before a text; `length` counts it.
     The second half of a piece is labelled, the first is its prompt. A text with less than `n` batches gives what it
     has.
     """
     ids, _ = _encode(loaded.tokenizer, text)
-    pieces = list(ids.split(min(length, len(ids))))
+    if not len(ids):
+        raise Error("the calibration text has 0 tokens")
+    start = start_of(loaded.tokenizer)
+    pieces = list(ids.split(min(length - len(start), len(ids))))
     pieces = _evenly([piece for piece in pieces if len(piece) == len(pieces[0])], n * batch)
-    for start in range(0, len(pieces), batch):
-        rows = torch.stack(pieces[start : start + batch]).to(loaded.model.device)
+    for first in range(0, len(pieces), batch):
+        rows = _started(start, torch.stack(pieces[first : first + batch])).to(loaded.model.device)
         labels = rows.clone()
         labels[:, : rows.shape[1] // 2] = -100
         yield {"input_ids": rows, "attention_mask": torch.ones_like(rows), "labels": labels}
+
+
+def check_enough(loaded: Loaded, text: str, what: str) -> None:
+    """Refuses a text that is too short to fit on; `what` are the words of the message before the number of tokens."""
+    tokens = len(_encode(loaded.tokenizer, text)[0])
+    if tokens < PIECE:
+        raise Error(f"{what} {tokens} tokens; at least {PIECE}, one piece of text, are needed")
+
+
+def start_of(tokenizer: Any) -> list[int]:
+    """What a tokenizer puts before every text: its `<bos>`, or nothing. Windows that are scored or timed and pieces to
+    fit on all start with it."""
+    first = tokenizer("a")["input_ids"][:1]
+    return list(first) if first == [tokenizer.bos_token_id] else []
+
+
+def _started(start: list[int], rows_BT: Tensor) -> Tensor:
+    """The rows with what a text starts with before each."""
+    return torch.cat([torch.tensor(start, dtype=torch.long).expand(len(rows_BT), -1), rows_BT], 1)
 
 
 def _encode(tokenizer: Any, text: str) -> tuple[Tensor, list[int]]:
@@ -467,6 +493,7 @@ class Vqa(Task):
         self.calibrates = calibration is not None
         self._tokens, self._shrink = tokens, shrink
         self._items = _questions(file)
+        self._fitting = None if calibration is None else _questions(calibration)
         self._processor = loaded.processor
         tokenizer = loaded.tokenizer
         self._batch = batch if tokenizer.pad_token_id is not None else 1
@@ -510,11 +537,11 @@ class Vqa(Task):
 
     def batches(self, n: int) -> Iterator[Batch]:
         """One question of the calibration file a batch, over again where it is short; the answer is labelled."""
-        if self._calibration is None:
+        items = self._fitting
+        if items is None:
             raise Error(
                 f"task = {self.name!r}: fitting needs other questions; write vqa:FILE.jsonl,calibration=OTHER.jsonl"
             )
-        items = _questions(self._calibration)
         for index in range(n):
             item = items[index % len(items)]
             prompt = self._prompts([item])

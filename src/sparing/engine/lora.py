@@ -42,7 +42,8 @@ def targets(model: nn.Module) -> list[str]:
 
 def _targeted(layer: LayerView) -> str | None:
     kinds = (*_QUERY, *_VALUE, *_FUSED)
-    if layer.attention is None or any(isinstance(getattr(layer.attention, kind, None), nn.Linear) for kind in kinds):
+    found = [getattr(layer.attention, kind, None) for kind in kinds]
+    if layer.attention is None or any(isinstance(getattr(m, "base_layer", m), nn.Linear) for m in found):  # or PEFT's
         return None
     return f"has no linear module that makes queries or values ({', '.join(kinds)})"
 
