@@ -67,7 +67,7 @@ def without(model: Any, *modules: str) -> Tensor:
 
 
 def logits(model: Any) -> Tensor:
-    batch = prompt("llama", (7, 7), side="none")  # two rows: one tensor in place of a pair would be taken apart
+    batch = prompt("llama", (7, 7, 7), side="none")  # three rows: a tensor in place of a pair cannot be taken apart
     with torch.no_grad():
         return model(**batch).logits
 

@@ -102,8 +102,8 @@ def test_the_best_is_the_lowest_finite_value_wherever_it_stands():
 
 def test_distinct_points_are_as_many_as_asked_or_all_there_are():
     rng = random.Random(0)
-    seldom = lambda r: (min(r.randrange(100), r.randrange(100)),)  # noqa: E731
-    assert [len(set(distinct(seldom, n, rng))) for n in (1, 64, 80)] == [1, 64, 80]
+    seldom = lambda r: (r.randrange(64) if r.random() < 0.15 else 0,)  # noqa: E731  # over 1,000 draws in vain in all
+    assert [len(set(distinct(seldom, n, rng))) for n in (1, 32, 64)] == [1, 32, 64]
     assert sorted(distinct(lambda r: (r.randrange(9),), 64, rng)) == [(i,) for i in range(9)]
 
 
