@@ -80,6 +80,22 @@ def test_random_draws_fewer_out_of_more_and_anew_in_every_module() -> None:
     assert abs(float(often.mean()) - 150) < 1e-3 and float(often.max()) < 200 and float(often.min()) > 100
 
 
+def test_every_module_under_every_seed_has_a_draw_of_its_own() -> None:
+    """As many groups as neurons, so that their draws could be the same."""
+    sizes = _SIZES | {"num_attention_heads": 16, "num_key_value_heads": 16, "intermediate_size": 16}
+    model = hf.Qwen3ForCausalLM(hf.Qwen3Config(**sizes, head_dim=2))
+    method = sparing.parse("random-width:groups=8,neurons=8,compensate=false")
+    seen = [tuple(mask.tolist()) for seed in range(4) for mask in kept(method.replace(seed=seed), model)]
+    assert len(set(seen)) == len(seen) == 4 * 2 * 6
+
+
+def test_uniform_makes_up_for_the_rounding_of_groups_with_neurons() -> None:
+    """3.2 groups a layer are 3, and 0.2 of a group 4.8 neurons; 3.8 are 4, and 4.8 neurons less."""
+    method = sparing.parse("uniform-width:groups=4/3/3/3/3,neurons=100,compensate=false")
+    assert counts(sparing.prune(wide(), method)) == [(3, 105)] * LAYERS
+    assert counts(sparing.prune(wide(), method.replace(groups=(3, 4, 4, 4, 4)))) == [(4, 95)] * LAYERS
+
+
 @pytest.mark.parametrize("p", [0.05, 0.2, 0.5, 0.8, 0.95])
 def test_uniform_has_the_same_width_in_every_layer_and_the_same_total(p: float) -> None:
     model, method = wide(), control("uniform", p, compensate=False)

@@ -308,6 +308,12 @@ def test_group_score_is_the_mean_over_its_query_heads() -> None:
     assert torch.equal(squared.scores("mlp", 0), fitted().scores("mlp", 0))
 
 
+def test_channels_are_scored_by_the_metric() -> None:
+    var, norm, weight = (fitted().state[f"mlp.{key}.2"].double() for key in ("var", "norm", "weight1"))
+    for metric, score in (("IFV", var), ("WIFN", weight * norm)):
+        torch.testing.assert_close(fitted().replace(metric=metric).scores("mlp", 2), standardise(score))
+
+
 def test_unit_costs_are_those_of_the_card() -> None:
     group, neuron = (int(fitted().state[f"{site}.unit.0"][1]) for site in ("attention", "mlp"))
     assert group / neuron == (2 + 2 * 2) * HEAD_DIM / 3
@@ -489,6 +495,8 @@ def counted(model: Any) -> list[tuple[int, int]]:
 def test_controls_cut_the_same_units(kind: str, units: str, p: float) -> None:
     method = fitted().replace(units=units, p=p)
     control: Any = method.control(kind, sparing.shape(wide()), seed=3)
+    assert control.compensate is True
+    assert method.replace(compensate=False).control(kind, sparing.shape(wide())).fields()["compensate"] is False
     assert control.units == units and control.fields()["groups" if units == "neurons" else "neurons"] is None
     mine, its = counted(sparing.prune(wide(), method)), counted(sparing.prune(wide(), control))
     whole = 0 if units == "neurons" else 1

@@ -171,6 +171,10 @@ def test_number_types_do_not_decide() -> None:
     assert len(one) == N and one.unique().numel() > N // 2 and HEAD_DIM * GROUPS == D
 
 
+def test_defaults_are_those_of_the_baseline() -> None:
+    assert MagnitudeSp().fields() == {"units": "both", "p": 0.2, "multiple": 16, "norm": "L2", "of": "unit"}
+
+
 @pytest.mark.parametrize("name", ["olmoe", "gpt-neox", "opt"])
 def test_models_without_units_are_refused(name: str) -> None:
     with pytest.raises(sparing.Error, match=r"'magnitude-sp': cannot cut \w+: layer 0 .*(told apart|has experts)"):

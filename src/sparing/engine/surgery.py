@@ -197,7 +197,7 @@ def undivided(layer: LayerView, site: str) -> str | None:
     """What keeps a layer's "attention" from falling apart into KV groups, or its "mlp" into neurons; None if it does.
 
     A norm over all heads together (OLMo 2) is no part of any head: with fewer of them it would norm the others by
-    another number, which no mask on the whole model computes.
+    another number, which zeroed heads in the whole model do not show.
     """
     attention = site == "attention"
     parent, rows = (layer.attention, _attention_rows(layer)) if attention else (layer.mlp, _mlp_rows(layer))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sparing.engine.surgery import undivided
 from sparing.engine.view import View
+from sparing.engine.widths import cannot_cut
 from sparing.grid.method import Card, Error, Method, get, methods, parse
 from sparing.testing.models import ARCHITECTURES, VISUAL, build, prompt
 from sparing.testing.settings import BUDGETS
@@ -165,8 +165,7 @@ def cannot(card: Card, architecture: str) -> str | None:
     if card.axis == "width" and not all(layer.groups and layer.neurons for layer in view.layers):
         return "cuts KV groups and neurons, the model's projections do not fall apart into them"
     if card.axis == "width":
-        mixed = (undivided(layer, site) for layer in view.layers for site in ("attention", "mlp"))
-        return next((why for why in mixed if why is not None), None)
+        return cannot_cut(view, "both")
     return None
 
 
