@@ -1,7 +1,7 @@
 """Versions: the exact ones of `make lock`, and the lowest that pyproject.toml admits for `make test-oldest`.
 
-    python tools/lock.py freeze PYTHON   exact versions of everything in that environment but torch and sparing itself
-    python tools/lock.py oldest          requirements that pin every range of pyproject.toml to its lower bound
+python tools/lock.py freeze PYTHON   exact versions of everything in that environment but torch and sparing itself
+python tools/lock.py oldest          requirements that pin every range of pyproject.toml to its lower bound
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """docs/situations.md: what comes of the ways in which people run a model, a method and an architecture at a time.
 
-    python tools/situations.py > docs/situations.md
+python tools/situations.py > docs/situations.md
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ ARCHITECTURES = ("llama", "qwen3", "gemma3", "llava")
 VISUAL = ("fastv", "hidrop")
 HEAD = """# Situations
 
-What is prompt and what is generated is defined once (`sparing.engine.prompt`). Each cell is a method at half of its budget
-on a tiny random model, held against plain cached generation: the same tokens, or a refusal in the words below.
+What is prompt and what is generated is defined once (`sparing.engine.prompt`). Each cell is a method at half of its
+budget on a tiny random model, held against plain cached generation: the same tokens, or a refusal in the words below.
 Written by `tools/situations.py`; the check `situations` of the conformance suite holds every stream method to it.
 
 """

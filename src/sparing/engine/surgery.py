@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -222,18 +221,10 @@ def _splits(layer: LayerView, site: str) -> None:
 
 def irremovable(layer: LayerView, site: str) -> str | None:
     """What keeps a layer's "attention" or "mlp" from being removed without the other; None if nothing does."""
-    part = layer.attention if site == "attention" else layer.mlp
+    if (layer.attention if site == "attention" else layer.mlp) is not None:
+        return None
     where = f"layer {layer.index} ({type(layer.module).__name__}): its {site} cannot be removed alone"
-    if part is None:
-        return f"{where}: no module of its own was found"
-    reads = inspect.signature(part.forward).parameters
-    asked = [p.name for p in reads.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    if "residual" in reads or (site == "mlp" and len(asked) > 1):  # BLOOM, MPT
-        return (
-            f"{where}: {type(part).__name__} takes {', '.join(asked)}, so it may add the residual itself; whole layers "
-            "can go"
-        )
-    return None
+    return f"{where}: no module of its own was found"
 
 
 # --------------------------------------------------------------------------- real cuts
