@@ -88,7 +88,7 @@ def test_nine_of_ten_are_enough(
     mutants: ModuleType, tree: Path, monkeypatch: pytest.MonkeyPatch, survivors: int, code: int
 ) -> None:
     (tree / "tools/mutations/tiny.txt").write_text("- return order[:k]\n+ return order\n\n" * 10)
-    monkeypatch.setattr(mutants, "judge", lambda plan, copy, bar: [(8, m) for m in plan.mutations[:survivors]])
+    monkeypatch.setattr(mutants, "judge", lambda plan, copy, tick: [(8, m) for m in plan.mutations[:survivors]])
     assert mutants.main([], tree) == code
 
 

@@ -29,7 +29,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -177,8 +177,8 @@ def _pytest(root: str, tests: list[str]) -> None:
     sys.exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])))
 
 
-def judge(plan: Plan, copy: Copy, bar: tqdm[None] | None = None) -> list[tuple[int, Mutation]]:
-    """The faults that the tests let through, each with the number of its line.
+def judge(plan: Plan, copy: Copy, tick: Callable[[], object] = lambda: None) -> list[tuple[int, Mutation]]:
+    """The faults that the tests let through, each with the number of its line; `tick` is called after every fault.
 
     Raises:
         Wrong: the tests fail without a fault, or pytest could not run them.
@@ -199,8 +199,7 @@ def judge(plan: Plan, copy: Copy, bar: tqdm[None] | None = None) -> list[tuple[i
             survived.append((line, mutation))
         elif code in NOT_RUN:
             raise Wrong(f"{plan.name}: line {line}: pytest ended with {code}:\n{copy.said}")
-        if bar is not None:
-            bar.update()
+        tick()
     return survived
 
 
@@ -223,7 +222,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
             copy = Copy.of(root, Path(scratch))
             for plan in plans:
                 bar.set_description(plan.name)
-                survived = judge(plan, copy, bar)
+                survived = judge(plan, copy, bar.update)
                 total = len(plan.mutations)
                 enough = enough and total - len(survived) >= WANTED * total
                 bar.write(f"{plan.name}: {total - len(survived)} of {total} killed", file=sys.stdout)
