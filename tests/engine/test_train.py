@@ -48,18 +48,19 @@ class Toy(Objective):
         self.weight = nn.Parameter(torch.randn(out, 6) * 0.1)
         self.bias = nn.Parameter(torch.zeros(out))
         self.register_buffer("mean", torch.zeros(()))
-        self.seen: list[tuple[float, int]] = []
+        self.seen: list[tuple[float, float, int]] = []  # shares before and behind a step
+        self.at = 0.0
         self.last = 0.0
 
     def forward(self, batch: Batch) -> Tensor:
         out = nn.functional.linear(self.model(batch["x"]), self.weight, self.bias)
         loss = (out - batch["y"]).square().mean()
-        self.last = loss.item()
+        self.last, self.at = loss.item(), self.share
         self.shown = {"mean": float(self.mean)}
         return loss
 
     def after_step(self, step: int) -> None:
-        self.seen.append((self.share, step))
+        self.seen.append((self.at, self.share, step))
         self.mean.mul_(0.9).add_(0.1 * self.last)
 
 
@@ -112,7 +113,7 @@ def test_the_loss_falls_and_only_what_is_meant_to_learns() -> None:
 def test_share_and_after_step_go_through_all_steps() -> None:
     toy = Toy()
     learn(toy, data(3), epochs=2)
-    assert toy.seen == [(step / 6, step) for step in range(6)]
+    assert toy.seen == [(step / 6, (step + 1) / 6, step) for step in range(6)]
 
 
 def test_the_rate_rises_and_falls_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +247,7 @@ def test_a_resumed_training_is_bitwise_one_that_never_stopped(tmp_path: Path, ki
             learn(interrupted(Toy(), kill), epochs=3, checkpoint=tmp_path / "deep" / "er", every=0)
     again = Toy()
     assert equal(learn(again, epochs=3, checkpoint=tmp_path / "deep" / "er", every=0), whole)
-    assert [step for _, step in again.seen] == list(range(sum(kills), 12))  # and nothing was done twice
+    assert [step for *_, step in again.seen] == list(range(sum(kills), 12))  # and nothing was done twice
 
 
 def test_a_finished_training_is_not_done_again(tmp_path: Path) -> None:

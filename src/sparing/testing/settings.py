@@ -31,6 +31,7 @@ BUDGETS["evopress"] = {"fit": f"evopress:{_SHORT}"}
 for name in ("easy-ep", "frequency-experts", "gate-experts", "random-experts"):
     # its router takes three experts of one of two groups of six
     BUDGETS[f"{name} deepseek-v3"] = {"mid": f"{name}:M=10,even=true", "cut": f"{name}:M=6,even=true"}
+BUDGETS["das"] = {"fit": "das:updates=2"}  # of hundreds, each judged on held-out data
 BUDGETS["skipdecode"] = {  # so short a reference length that layers leave within the few tokens that are generated
     "mid": "skipdecode:e_max=5,e_min=4,T_ref=3",
     "cut": "skipdecode:e_max=5,e_min=2,T_ref=3",
