@@ -52,6 +52,7 @@ from sparing.engine.checkpoint import save_pretrained
 from sparing.engine.surgery import prune
 from sparing.engine.view import View, evaluating
 from sparing.grid.files import parse_json, read_json, short
+from sparing.grid.folders import refuse_content
 from sparing.grid.method import BudgetError, Error, Method, load, load_fits, parse
 from sparing.grid.method import methods as all_methods
 
@@ -237,11 +238,14 @@ class Store:
         file, self._file = (self.folder / name for name in self.files)
         if self.holds(self.folder, arguments, resume):
             self._recover()
-        elif not (self.folder / Store.files[0]).is_file() and any(
-            not path.name.endswith(".new") for path in self.folder.iterdir()
-        ):
-            raise Error(f"out = '{self.folder}': is not empty and holds no run of sparing compare; take another folder")
         else:
+            if not (self.folder / Store.files[0]).is_file():
+                refuse_content(
+                    self.folder,
+                    f"out = '{self.folder}'",
+                    but=lambda name: name.endswith(".new"),
+                    lacks="run of sparing compare",
+                )
             _write(file, json.dumps(arguments, indent=2) + "\n")
 
     @classmethod
@@ -479,10 +483,7 @@ class Work:
                     torch.manual_seed(self.arguments["seed"])
                     fitted = method.fit(self.model, self.task.batches(FIT_BATCHES))
                 if folder:
-                    beside = folder.with_name(folder.name + ".new")
-                    fitted.save(beside)
-                    os.replace(beside, folder)
-                    fitted = load(folder)
+                    fitted = load(fitted.save(folder))
                 self.fitted[spec] = fitted
         return self.fitted[spec]
 

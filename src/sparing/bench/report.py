@@ -7,7 +7,7 @@ import hashlib
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from html import escape
@@ -35,6 +35,7 @@ from sparing.bench.summary import (
     quality,
     titled,
 )
+from sparing.grid.folders import content, kind_of
 from sparing.grid.method import Error
 
 if TYPE_CHECKING:
@@ -418,6 +419,16 @@ def shots(found: Sequence[Experiment]) -> list[Shot]:
         title = placed(found, e)
         shown.append(Shot("budgets", title, slug(f"budgets-{title}"), ("budgets", e.model, e.task)))
     return shown
+
+
+def takes(out: Path, runs: Iterable[Path]) -> Callable[[str], bool]:
+    """Which names may be in the folder of a report: any in that of an earlier report and of one of the runs, else
+    folders that this library made, which no file of the report is mixed up with."""
+    page = out / FILE
+    earlier = page.is_file() and b"<title>sparing: " in page.read_bytes()[:2000] and not kind_of(content(out))
+    if earlier or out.resolve() in [run.resolve() for run in runs]:
+        return lambda name: True
+    return lambda name: bool(kind_of(content(out / name)))
 
 
 def gather(runs: Sequence[tuple[Path, Sequence[Row]]], out: Path) -> list[Row]:

@@ -29,6 +29,7 @@ from sparing.engine.units import calibrate, unit_scores
 from sparing.engine.view import evaluating
 from sparing.grid.costs import CostTable
 from sparing.grid.files import read_json
+from sparing.grid.folders import refuse_content
 from sparing.grid.method import Error
 from sparing.grid.search import Evolution, Genome, Stage, moves
 
@@ -183,8 +184,8 @@ class Search:
             refuse_other(file, arguments, "search")
             if not resume:
                 raise Error(f"out = '{self.out}': holds this search already; pass --resume to go on, or another folder")
-        elif self.out.is_dir() and any(path.name != "costs.json" for path in self.out.iterdir()):
-            raise Error(f"out = '{self.out}': is not empty and holds no search; take another folder")
+        else:
+            refuse_content(self.out, f"out = '{self.out}'", but=lambda name: name == "costs.json", lacks="search")
 
     def _write(self, name: str, data: Any) -> None:
         try:
@@ -490,8 +491,8 @@ def save(search: Search, found: Found, data: str) -> Path:
         "parameters before": f"{sum(p.numel() for p in search.model.parameters()):,}",
     }
     small.sparing_origin = {"method": "search", "fields": {"target": str(search.target)}}  # type: ignore[assignment]
-    save_pretrained(small, search.out / "model", processor=_processor(search.loaded), card=facts)
-    return search.out / "model"
+    folder = search.out / "model"  # of this search, as all in `out` is
+    return save_pretrained(small, folder, processor=_processor(search.loaded), card=facts, overwrite=True)
 
 
 def _processor(loaded: Loaded) -> Any:

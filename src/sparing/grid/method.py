@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -341,29 +340,36 @@ class Method:
         """
         raise Error(f"{self.name} needs {self.card.needs}: there is nothing to fit")
 
-    def save(self, folder: str | Path) -> Path:
-        """Write `method.json` and, if there is state, `state.safetensors`; each file whole or not at all."""
-        folder = Path(folder)
+    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
+        """Write `method.json` and, if there is state, `state.safetensors`: both whole, or nothing.
+
+        Args:
+            folder: made if missing. A fitted method that it holds is replaced.
+            overwrite: replace whatever else it holds, all of it.
+
+        Raises:
+            Error: the folder holds something else, or cannot be written to.
+        """
+        from sparing.grid import folders  # which needs Error
+
+        folder, where = Path(folder), f"folder = {str(folder)!r}"
+        if not overwrite:
+            folders.refuse_content(folder, where, but=_FILES.__contains__, way="overwrite = True")
         data = {
             "method": self.name,
             "fields": self.fields(),
             "model": self.fitted_on,
             "state": {name: _described(tensor) for name, tensor in self.state.items()},
         }
-        tensors, file = folder / "state.safetensors", folder / "method.json"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+        with folders.whole(folder, where) as new:
             if self.state:
-                save_file({k: v.contiguous() for k, v in self.state.items()}, tensors.with_suffix(".new"))
-                os.replace(tensors.with_suffix(".new"), tensors)
-            file.with_suffix(".new").write_text(json.dumps(data, indent=2) + "\n")
-            os.replace(file.with_suffix(".new"), file)
-            if not self.state:
-                tensors.unlink(missing_ok=True)
-        except (OSError, SafetensorError) as problem:
-            why = getattr(problem, "strerror", None) or problem
-            raise Error(f"folder = {str(folder)!r}: cannot be written to ({why})") from problem
+                save_file({k: v.contiguous() for k, v in self.state.items()}, new / _STATE)
+            (new / _METHOD).write_text(json.dumps(data, indent=2) + "\n")
         return folder
+
+
+_METHOD, _STATE = "method.json", "state.safetensors"
+_FILES = (_METHOD, _STATE, "method.new", "state.new")  # the last two were left by a kill, of older versions
 
 
 # --------------------------------------------------------------------------- the model that a state belongs to
