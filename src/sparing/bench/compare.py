@@ -53,6 +53,7 @@ from sparing.engine.surgery import prune
 from sparing.engine.view import View, evaluating
 from sparing.grid.files import parse_json, read_json, short
 from sparing.grid.folders import refuse_content
+from sparing.grid.lists import listed
 from sparing.grid.method import BudgetError, Error, Method, load, load_fits, parse
 from sparing.grid.method import methods as all_methods
 
@@ -130,8 +131,8 @@ BLANK: Row = {
 def compare(
     model: str | PreTrainedModel | Loaded,
     task: str | Task,
-    methods: Sequence[str | Path | Method],
-    keep: Sequence[float] = KEEP,
+    methods: str | Path | Method | Sequence[str | Path | Method],
+    keep: float | Sequence[float] = KEEP,
     *,
     out: str | Path | None = None,
     resume: bool = False,
@@ -151,8 +152,8 @@ def compare(
     Args:
         model: `lab:NAME`, a checkpoint folder, a hub id, a model object, or what `load_model` gave.
         task: `ppl`, `ppl:FILE`, `find-digit`, `vqa:FILE.jsonl`, or a `Task`.
-        methods: names, `name:field=value,…`, folders of fitted methods, or `Method` objects.
-        keep: budgets: shares of the cells of a method's axis that run.
+        methods: names, `name:field=value,…`, folders of fitted methods, or `Method` objects; one or several.
+        keep: budgets, one or several: shares of the cells of a method's axis that run.
         out: folder for `results.jsonl`; None keeps the rows in memory only.
         resume: go on with the run that `out` holds.
         device: where to run.
@@ -173,9 +174,10 @@ def compare(
     Raises:
         Error: something that the caller asked for cannot be; before any work.
     """
+    methods, keep = listed(methods), listed(keep)
     for share in keep:
         if not (isinstance(share, (int, float)) and 0 < share <= 1):
-            raise Error(f"keep = {share}: must be above 0 and at most 1")
+            raise Error(f"keep = {share!r}: must be above 0 and at most 1")
     for name, value, least in (("limit", limit, 1), ("repeats", repeats, 0), ("control_seeds", control_seeds, 3)):
         if value is not None and value < least:
             raise Error(f"{name} = {value}: must be at least {least}")

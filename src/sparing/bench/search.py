@@ -30,6 +30,7 @@ from sparing.engine.view import evaluating
 from sparing.grid.costs import CostTable
 from sparing.grid.files import read_json
 from sparing.grid.folders import refuse_content
+from sparing.grid.lists import listed
 from sparing.grid.method import Error
 from sparing.grid.search import Evolution, Genome, Stage, moves
 
@@ -103,7 +104,7 @@ class Search:
     Args:
         loaded: model and tokenizer.
         batches: calibration text, rows are sequences.
-        axes: of depth, width, experts.
+        axes: of depth, width, experts; one or several.
         target: see `Target`.
         out: folder.
         generations, offspring, stages: of the evolution.
@@ -124,7 +125,7 @@ class Search:
         self,
         loaded: Loaded,
         batches: Sequence[Mapping[str, Tensor]],
-        axes: Sequence[str],
+        axes: str | Sequence[str],
         target: Target,
         out: str | Path,
         *,
@@ -142,6 +143,7 @@ class Search:
         self.model, self.loaded, self.target = loaded.model, loaded, target
         self.out, self.portable, self.progress = Path(out), portable, progress
         self._generations, self._seed = generations, seed
+        axes = listed(axes)
         found = units(self.model, axes)
         dearest = max(stage.effort for stage in stages)
         text = Fidelity(self.model, batches, lambda genome: None, (), dearest=dearest)  # refuses too little at once

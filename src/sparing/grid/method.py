@@ -336,7 +336,7 @@ class Method:
 
         Args:
             model: the model the method will run on.
-            batches: keyword arguments of the model's forward, one dict a batch.
+            batches: keyword arguments of the model's forward, one dict a batch; a single dict is one batch.
         """
         raise Error(f"{self.name} needs {self.card.needs}: there is nothing to fit")
 
@@ -426,14 +426,25 @@ def state_check(check: StateCheck) -> StateCheck:
 
 def _noting(fit: Callable[..., Method]) -> Callable[..., Method]:
     @functools.wraps(fit)
-    def noting(self: Method, model: torch.nn.Module, *args: Any, **options: Any) -> Method:
+    def noting(self: Method, model: torch.nn.Module, batches: Any, *args: Any, **options: Any) -> Method:
         _rooms()
         for check in _MODEL_CHECKS:
             check(self, model)
-        fitted = fit(self, model, *args, **options)
+        fitted = fit(self, model, _as_batches(batches), *args, **options)
         return fitted.with_state(fitted.state, sizes(model))
 
     return noting
+
+
+def _as_batches(given: Any) -> Any:
+    """What `fit` reads: one batch is a list of it; a name is none."""
+    if isinstance(given, (str, bytes, os.PathLike)):
+        raise Error(
+            f"batches = {str(given)!r}: must be batches, each a dict of what the model's forward takes; of a text "
+            'they are made by sparing.bench.tasks.parse("ppl:FILE", loaded).batches(32), or by sparing fit --data FILE'
+        )
+    one = isinstance(given, Mapping) and any(isinstance(value, Tensor) for value in given.values())
+    return [given] if one else given
 
 
 def _refusing(plan: Callable[..., Any]) -> Callable[..., Any]:
