@@ -86,13 +86,13 @@ def test_the_command_line_is_pinned() -> None:
             "--no-controls",
             *where,
         },
-        "report": {"--out"},
-        "show": {"--method", "--keep", "--sample", "--task", "--out", *where},
+        "report": {"--out", "--overwrite"},
+        "show": {"--method", "--keep", "--sample", "--task", "--out", "--overwrite", *where},
         "fit": {
             *("--method", "--data", "--out", "--batches", "--epochs", "--lr", "--keep", "--resume", "--processes"),
-            *("--seed", *where),
+            *("--seed", "--overwrite", *where),
         },
-        "prune": {"--method", "--keep", "--data", "--out", "--batches", "--portable", "--seed", *where},
+        "prune": {"--method", "--keep", "--data", "--out", "--batches", "--portable", "--overwrite", "--seed", *where},
         "search": {
             *("--out", "--axes", "--speedup", "--flops", "--params", "--data", "--generations", "--batches"),
             *("--portable", "--costs", "--resume", "--seed", *where),

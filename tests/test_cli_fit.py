@@ -210,10 +210,16 @@ def test_a_folder_of_the_users_is_not_taken_for_a_training(checkpoint: Path, tex
     """Something else that is called training stays, whatever is fitted beside it."""
     (tmp_path / "training").mkdir()
     (tmp_path / "training" / "data.txt").write_text("years of work")
-    result = run("fit", checkpoint, "--method", "flap", "--data", text, "--out", tmp_path)
-    assert result.exit_code == 0, result.output
+    flap = run("fit", checkpoint, "--method", "flap", "--data", text, "--out", tmp_path)
+    refused(flap, f"--out {tmp_path}: holds training; take another folder, or --overwrite")
+    refused(_fit(checkpoint, text, tmp_path, "--keep", "0.5"), "unfinished training")
     assert _fit(checkpoint, text, tmp_path, "--keep", "0.5", "--resume").exit_code == 0
+    assert _fit(checkpoint, text, tmp_path, "--keep", "0.5", "--resume", "--overwrite").exit_code == 0
     assert (tmp_path / "training" / "data.txt").read_text() == "years of work"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["keep-0.5", "training"]
+    (tmp_path / "keep-0.5").rename(tmp_path.parent / "elsewhere")
+    assert _fit(checkpoint, text, tmp_path, "--resume").exit_code == 0
+    assert (tmp_path / "method.json").is_file() and (tmp_path / "training" / "data.txt").is_file()
 
 
 # --------------------------------------------------------------------------- several processes

@@ -15,7 +15,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -43,9 +43,10 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            _complain(
-                "Interrupted. Finished rows are kept; the same command with --resume goes on from there.", "yellow"
-            )
+            stopped = self.commands.get(ctx.invoked_subcommand or "")
+            resumes = any(option.name == "resume" for option in getattr(stopped, "params", ()))
+            kept = " Finished rows are kept; the same command with --resume goes on from there." if resumes else ""
+            _complain(f"Interrupted.{kept}", "yellow")
             raise typer.Exit(INTERRUPTED) from None
         except ValueError as problem:
             # Whoever raised our Error has loaded its module; if nobody has, this is something else.
@@ -82,11 +83,16 @@ MethodText = Annotated[
         "--method",
         "-m",
         metavar="NAME[:field=value,…]",
-        help="A method, or the folder of a fitted one.",
+        help="A method of `sparing methods`, or the folder that sparing fit wrote.",
         show_default=False,
     ),
 ]
-Out = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write to.", show_default=False)]
+Out = Annotated[
+    Path, typer.Option("--out", "-o", metavar="DIR", help="New or empty folder to write to.", show_default=False)
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what DIR holds, all of it, once the new content is written.")
+]
 Device = Annotated[str, typer.Option("--device", metavar="cpu|cuda", help="Where to run.")]
 Dtype = Annotated[
     str | None,
@@ -195,7 +201,11 @@ def _compare(
             "--task",
             "-t",
             metavar="T",
-            help="ppl, ppl:FILE, find-digit, vqa:FILE.jsonl, or lm-eval:NAME.",
+            help="What quality is measured on: ppl:FILE (a text of yours, in bits per byte); ppl, code, prose (modules "
+            "of Python that lab:lm has not seen: whole, without comments and docstrings, or those alone); "
+            "vqa:FILE.jsonl (questions on pictures); find-digit (made for lab:vlm); lm-eval:NAME or lm-eval:FILE.yaml "
+            "(what lm-eval knows). Behind a FILE or NAME, ,calibration=OTHER says what methods are fitted on that have "
+            "to be.",
             show_default=False,
         ),
     ],
@@ -205,20 +215,46 @@ def _compare(
             "--method",
             "-m",
             metavar="NAME[:field=value,…]",
-            help="A method, or the folder of a fitted one; repeatable.",
+            help="A method of `sparing methods`, or the folder that sparing fit wrote; repeatable.",
         ),
     ],
     keep: Annotated[
-        str, typer.Option("--keep", "-k", metavar="0.5,0.25,0.1", help="Budgets: shares that still run.")
+        str,
+        typer.Option(
+            "--keep",
+            "-k",
+            metavar="0.5,0.25,0.1",
+            help="Budgets: the share that still runs of what the method's axis counts. tokens: visual tokens, summed "
+            "over the layers; depth: layers that a token runs (only generated tokens, for methods of phase decode); "
+            "width: parameters of the layers, without embeddings; experts: experts.",
+        ),
     ] = "0.5,0.25,0.1",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that DIR holds.")] = False,
     device: Device = "cpu",
     dtype: Dtype = None,
     seed: Seed = 0,
-    repeats: Annotated[int | None, typer.Option("--repeats", metavar="N", help="Timed pairs; 0 times nothing.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", metavar="N", help="Units of the task to evaluate.")] = None,
+    repeats: Annotated[
+        int | None,
+        typer.Option(
+            "--repeats",
+            metavar="N",
+            help="Runs that are timed, dense and method in turns; 0 times nothing, 5 to 30 if not given.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit",
+            metavar="N",
+            help="Evaluate so many windows of text, scenes or questions, evenly from all; the task's own number if "
+            "not given.",
+        ),
+    ] = None,
     no_controls: Annotated[
-        bool, typer.Option("--no-controls", help="Leave random, uniform, oracle and down-sampling out.")
+        bool,
+        typer.Option(
+            "--no-controls", help="Leave out what a method has to beat: random, uniform, oracle, smaller images."
+        ),
     ] = False,
     sweep: Annotated[
         list[str] | None,
@@ -229,7 +265,10 @@ def _compare(
         ),
     ] = None,
 ) -> None:
-    """Measure methods on a model against dense and against their controls, and write a report."""
+    """Measure methods on a model against dense and against their controls, and write a report.
+
+    DIR must be new, empty, or this same comparison with --resume.
+    """
     budgets = _budgets(keep)
     for text in method:
         _method(text)
@@ -287,15 +326,28 @@ def _report(
     folders: Annotated[
         list[Path], typer.Argument(metavar="DIR…", help="Folders of sparing compare.", show_default=False)
     ],
-    out: Out,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="DIR",
+            help="Folder to write to: new, empty, of an earlier report, or around the runs.",
+            show_default=False,
+        ),
+    ],
+    overwrite: Overwrite = False,
 ) -> None:
     """Write one report about several runs of `sparing compare`."""
     from sparing.bench import report
+    from sparing.grid.folders import whole
 
     runs = [(folder, _rows(folder)) for folder in folders]
+    replaces = _replaces(out, overwrite, folders, right=report.takes(out, folders))
     _writable(out)
-    rows = report.gather(runs, out)
-    path = report.write(rows, out, machines=_machines(folders))
+    with whole(out, f"--out {out}") if replaces else nullcontext(out) as folder:
+        rows = report.gather(runs, folder)
+        path = out / report.write(rows, folder, machines=_machines(folders)).name
     _console().print(report.terminal(rows))
     _console().print("Report:", style="bold", end=" ")
     _print_path(path)
@@ -312,17 +364,32 @@ def _show(
         ),
     ],
     keep: Annotated[
-        float | None, typer.Option("--keep", "-k", metavar="K", help="Budget; the method's own if not given.")
+        float | None,
+        typer.Option("--keep", "-k", metavar="K", help="Budget, as of sparing compare; the method's own if not given."),
     ] = None,
     sample: Annotated[int, typer.Option("--sample", metavar="I", help="Sample of the task's first batch.")] = 0,
-    task: Annotated[str | None, typer.Option("--task", "-t", metavar="T", help="Where the sample comes from.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task",
+            "-t",
+            metavar="T",
+            help="Where the sample comes from, as of sparing compare: ppl:FILE, vqa:FILE.jsonl, …; for lab models "
+            "their own if not given.",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file even if it is no picture of sparing's.")
+    ] = False,
     device: Device = "cpu",
     dtype: Dtype = None,
 ) -> None:
     """Draw which cells ran for one sample, and which visual tokens stayed."""
     budget = None if keep is None else _budgets(str(keep))[0]
     chosen = _method(method)
-    _picture_name(out)
+    kept_too = out.with_name(f"{out.stem}-kept{out.suffix}")
+    for path in (out, kept_too) if chosen.card.axis == "tokens" else (out,):
+        _picture_name(path, overwrite)
     _quiet()
     from sparing.bench import capture, pictures, tasks
     from sparing.bench.models import load_model
@@ -340,7 +407,7 @@ def _show(
     written = [(out, pictures.compute_map({name: seen}, f"{chosen.name} on {loaded.name}"))]
     image = pictures.kept({name: seen}) if chosen.card.axis == "tokens" else None
     if image is not None:
-        written.append((out.with_name(f"{out.stem}-kept{out.suffix}"), image))
+        written.append((kept_too, image))
     for path, figure in written:
         pictures.save(figure, path)
         _print_path(path)
@@ -353,14 +420,25 @@ def _show(
 def _fit(
     model: Model,
     method: MethodText,
-    out: Out,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="DIR",
+            help="Folder to write to: new, empty, or with fits of this method at other budgets.",
+            show_default=False,
+        ),
+    ],
     data: Annotated[
         list[str],
         typer.Option(
             "--data",
             "-d",
             metavar="D",
-            help="A text file, lab (the text of a lab model), find-digit, or a .jsonl of questions; repeatable to mix.",
+            help="What to calibrate or train on: a text file, a .jsonl of questions on pictures (image, question, "
+            "answer), lab (the training data of a lab model), or find-digit (made for lab:vlm). Repeatable for methods "
+            "on experts, which mix several texts.",
             show_default=False,
         ),
     ],
@@ -380,10 +458,20 @@ def _fit(
             "--keep",
             "-k",
             metavar="0.75,0.5",
-            help="Budgets to fit at, each by itself, for methods whose fit belongs to one budget.",
+            help="Budgets to fit at, as of sparing compare; each by itself, in DIR/keep-…, for methods whose fit "
+            "belongs to one budget. What the fields of the method say if not given.",
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the training that DIR holds.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the training that DIR holds; finished fits stay.")
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace what DIR holds, once there is a new fit; fits of this method at other budgets stay.",
+        ),
+    ] = False,
     processes: Annotated[
         int, typer.Option("--processes", metavar="N", callback=_whole(1), help="Train on N GPUs (or CPU processes).")
     ] = 1,
@@ -405,34 +493,44 @@ def _fit(
     budgets = [None] if keep is None else _budgets(keep)
     if len(data) > 1 and chosen.card.axis != "experts":
         raise _error(f"--data {data[1]}: only methods on experts mix domains; {chosen.name} takes one --data")
+    names = [Path(each).stem for each in data]
+    if twice := sorted({each for each in names if names.count(each) > 1}):
+        raise _error(f"--data: two domains are called {', '.join(twice)}; name their files differently")
     for each in data:
         _data_exists(each)
-    _writable(out)
     first = os.environ.get("RANK", "0") == "0"
     unfinished = out / "training"
-    if trained and not resume and unfinished.exists() and first:
-        raise _error(
-            f"--out {out}: holds an unfinished training; pass --resume to go on with it, or take another folder"
-        )
+    replaces = False
+    if first:  # the others would find what the first has begun
+        if trained and not resume and unfinished.exists():
+            raise _error(
+                f"--out {out}: holds an unfinished training; pass --resume to go on with it, or take another folder"
+            )
+        right = _fits_beside(out, chosen.name, budgets, resume, overwrite, trained)
+        replaces = _replaces(out, overwrite, [model, method, *data], right=right)
+    _writable(out)
     if processes > 1 and "RANK" not in os.environ:
         _launch(processes, device)
         return
     _quiet()
     from sparing.bench.models import load_model
+    from sparing.grid.folders import whole
 
     with _doing(f"Loading {model}"):
         loaded = load_model(model, device, dtype)
     at = {budget: chosen if budget is None else chosen.at(budget, loaded.view.shape) for budget in budgets}
     for budget, one in at.items():
         folder = out if budget is None else out / f"keep-{budget:g}"
-        if resume and budget is not None and (folder / "method.json").is_file():
+        if resume and _fitted_as(folder, one.name) and not (unfinished / folder.name).is_dir():
             continue
         if trained:
             options["checkpoint"] = unfinished / folder.name
         fitted = _fitted(one, loaded, data, batches, seed, **options)
         if not first:
             continue
-        fitted.save(folder)
+        with whole(out if replaces else folder, f"--out {out}", beside=("training",)) as new:
+            fitted.save(new / folder.relative_to(out) if replaces else new)
+        replaces = False
         shutil.rmtree(unfinished / folder.name, ignore_errors=True)
         numbers = sum(tensor.numel() for tensor in fitted.state.values())
         where = "" if budget is None else f" at keep = {budget:g}"
@@ -462,13 +560,24 @@ def _prune(
     keep: Annotated[
         float,
         typer.Option(
-            "--keep", "-k", metavar="K", help="Share of the layers' parameters that stays.", show_default=False
+            "--keep",
+            "-k",
+            metavar="K",
+            help="Share that stays: for methods of the axis width of the parameters of the decoder layers (embeddings, "
+            "head and vision tower are neither cut nor counted), for depth of the layers, for experts of the experts.",
+            show_default=False,
         ),
     ],
     out: Out,
     data: Annotated[
         str | None,
-        typer.Option("--data", "-d", metavar="FILE", help="Calibration data, if the method is not fitted yet."),
+        typer.Option(
+            "--data",
+            "-d",
+            metavar="FILE",
+            help="What to calibrate on, if the method is not fitted yet: a text file, a .jsonl of questions on "
+            "pictures, lab (the training data of a lab model), or find-digit (made for lab:vlm).",
+        ),
     ] = None,
     batches: Annotated[
         int, typer.Option("--batches", metavar="N", callback=_whole(1), help="Batches to calibrate on.")
@@ -476,6 +585,7 @@ def _prune(
     portable: Annotated[
         bool, typer.Option("--portable", help="All layers alike and no biases: loads in plain transformers and vLLM.")
     ] = False,
+    overwrite: Overwrite = False,
     device: Device = "cpu",
     dtype: Dtype = None,
     seed: Seed = 0,
@@ -493,6 +603,7 @@ def _prune(
         )
     if data is not None:
         _data_exists(data)
+    _replaces(out, overwrite, [model, method, *([data] if data else [])])
     _writable(out)
     _quiet()
     from transformers import AutoConfig
@@ -500,6 +611,7 @@ def _prune(
     import sparing
     from sparing.bench import timing
     from sparing.bench.models import load_model
+    from sparing.bench.summary import AXES
     from sparing.engine.checkpoint import not_portable
 
     with _doing(f"Loading {model}"):
@@ -520,26 +632,30 @@ def _prune(
     if stored is not None:  # calculated in what the model ran in, saved in what its checkpoint holds
         for m in (loaded.model, small):
             m.to(stored)
-    before, after = (sum(weight.numel() for weight in m.parameters()) for m in (loaded.model, small))
+    both = loaded.model, small
+    before, after = (sum(weight.numel() for weight in m.parameters()) for m in both)
     facts = {
         "base model": loaded.name,
         "method": f"{chosen.name} ({chosen.card.title}, {chosen.card.year}"
         + (f", arXiv {chosen.card.arxiv})" if chosen.card.arxiv else ")"),
-        "budget": f"keep = {budget:g} of the parameters of the layers",
+        "budget": f"keep = {budget:g} of the {AXES[chosen.card.axis]}",
         "calibration data": data or f"as fitted in {method}",
         "parameters before": f"{before:,}",
         "sparing": version("sparing"),
     }
-    sparing.save_pretrained(
-        small, out, processor=_or_none(lambda: loaded.processor if loaded.sees else loaded.tokenizer), card=facts
-    )
-    sizes = [timing.weight_bytes(m) / 1e6 for m in (loaded.model, small)]
+    processor = _or_none(lambda: loaded.processor if loaded.sees else loaded.tokenizer)
+    sparing.save_pretrained(small, out, processor, facts, overwrite)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for head in ("", "before", "after", "left"):
         table.add_column(head, justify="left" if not head else "right")
-    table.add_row("parameters", f"{before:,}", f"{after:,}", f"{after / before:.1%}")
-    table.add_row("weights", f"{sizes[0]:.1f} MB", f"{sizes[1]:.1f} MB", f"{sizes[1] / sizes[0]:.1%}")
+    layers = [sum(weight.numel() for weight in sparing.view(m).stack.parameters()) for m in both]
+    table.add_row("parameters of the layers", *map("{:,}".format, layers), f"{layers[1] / layers[0]:.1%}")
+    table.add_row("all parameters", f"{before:,}", f"{after:,}", f"{after / before:.1%}")
+    sizes = [timing.weight_bytes(m) / 1e6 for m in both]
+    table.add_row("weights", *map("{:.1f} MB".format, sizes), f"{sizes[1] / sizes[0]:.1%}")
     _console().print(table)
+    of = AXES[chosen.card.axis]
+    _console().print(f"--keep {budget:g} is of the {of}; embeddings, head and vision tower stay whole.", style="dim")
     _print_path(out)
 
 
@@ -550,22 +666,50 @@ def _prune(
 def _search(
     model: Model,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder to write to; search-MODEL if not given.")
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="DIR", help="New or empty folder to write to; search-MODEL here if not given."
+        ),
     ] = None,
     axes: Annotated[
         str | None,
-        typer.Option("--axes", metavar="depth,width,experts", help="What may go; all that the model has if not given."),
+        typer.Option(
+            "--axes",
+            metavar="depth,width,experts",
+            help="What may go: whole attentions and MLPs (depth), heads and neurons (width), experts; all that the "
+            "model has if not given.",
+        ),
     ] = None,
     speedup: Annotated[
-        float | None, typer.Option("--speedup", metavar="S", help="Wanted speed-up of prefill, measured here.")
+        float | None,
+        typer.Option(
+            "--speedup",
+            metavar="S",
+            help="The target: dense time / time of the cut model, reading a prompt (prefill), measured here; at least "
+            "1. Give one target.",
+        ),
     ] = None,
-    flops: Annotated[float | None, typer.Option("--flops", metavar="R", help="Or: share of FLOPs that stays.")] = None,
+    flops: Annotated[
+        float | None,
+        typer.Option("--flops", metavar="R", help="Or: share of the FLOPs of reading a prompt that stays, in (0, 1]."),
+    ] = None,
     params: Annotated[
-        float | None, typer.Option("--params", metavar="R", help="Or: share of the layers' parameters that stays.")
+        float | None,
+        typer.Option(
+            "--params",
+            metavar="R",
+            help="Or: share of the parameters of the decoder layers that stays, in (0, 1]; embeddings do not count.",
+        ),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", "-d", metavar="FILE", help="Calibration text; lab models bring theirs."),
+        typer.Option(
+            "--data",
+            "-d",
+            metavar="FILE",
+            help="What candidates are judged on: a text file or a .jsonl of questions on pictures; text models of "
+            "lab: bring theirs.",
+        ),
     ] = None,
     generations: Annotated[
         int, typer.Option("--generations", metavar="N", callback=_whole(0), help="Generations of the search.")
@@ -666,7 +810,10 @@ def _lab_list() -> None:
 def _lab_train(
     name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where checkpoints go; lab-NAME if not given.")
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="DIR", help="Folder of its own for model and checkpoint; lab-NAME if not given."
+        ),
     ] = None,
     minutes: Annotated[
         float | None, typer.Option("--minutes", metavar="N", help="Time to train, where the model takes one.")
@@ -676,7 +823,11 @@ def _lab_train(
 ) -> None:
     """Train a lab model again; a stopped training goes on where it was."""
     module = _lab(name)
+    from sparing.grid.folders import content, refuse_content
+
     folder = out or Path(f"lab-{name}")
+    if "checkpoint.pt" not in content(folder):
+        refuse_content(folder, f"--out {folder}", lacks="training of a lab model")
     _writable(folder)
     _quiet()
     taken = inspect.signature(module.train).parameters
@@ -774,8 +925,6 @@ def _fitted(method: Method, loaded: Loaded, data: list[str], batches: int, seed:
     import torch
 
     names = [Path(each).stem for each in data]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise _error(f"--data: two domains are called {', '.join(twice)}; name their files differently")
     torch.manual_seed(seed)
     with _doing(f"Fitting {method.name} on {', '.join(data)}"):
         domains: Any = {name: _batches(loaded, each, batches) for name, each in zip(names, data)}
@@ -845,10 +994,58 @@ def _weights(lab: Any, name: str) -> str:
     return f"{sum(file.stat().st_size for file in files) / 1e6:.1f} MB" if files else "not trained yet"
 
 
-def _picture_name(out: Path) -> None:
+def _picture_name(out: Path, overwrite: bool) -> None:
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise _error(f"--out {out}: a picture's name ends in .png, .svg or .pdf")
+    if os.path.lexists(out) and not overwrite:
+        from sparing.bench.pictures import made_here
+
+        if not made_here(out):
+            raise _error(f"--out {out}: is there and no picture of sparing's; take another name, or --overwrite")
     _writable(out.parent)
+
+
+def _replaces(
+    out: Path, overwrite: bool, inputs: Iterable[str | Path], right: Callable[[str], bool] = lambda name: False
+) -> bool:
+    """Whether all that a folder holds has to go; refused without `overwrite`, or where an input would go too.
+
+    Args:
+        right: which names may be there, to stay or to be written over.
+    """
+    from sparing.grid.folders import content, refuse_content, refuse_loss
+
+    if all(map(right, content(out))):
+        return False
+    if not overwrite:
+        refuse_content(out, f"--out {out}", but=right, way="--overwrite")
+    refuse_loss(out, f"--out {out}", inputs)
+    return True
+
+
+def _fits_beside(
+    out: Path, name: str, budgets: list[float] | list[None], resume: bool, overwrite: bool, training: bool
+) -> Callable[[str], bool]:
+    """What may be in a folder that a method is fitted to: other budgets of it, and with `resume` what is to be done."""
+    there = [budget for budget in budgets if budget is not None and _fitted_as(out / f"keep-{budget:g}", name)]
+    if there and not (resume or overwrite):
+        raise _error(
+            f"--out {out}: holds {name} fitted at keep = {there[0]:g} already; take another folder, or --resume to "
+            "leave it, or --overwrite to replace it"
+        )
+    left = ("training",) if training and resume else ()
+    if budgets != [None]:
+        return lambda each: each in left or (each.startswith("keep-") and _fitted_as(out / each, name))
+    done = ("method.json", "state.safetensors") if resume and _fitted_as(out, name) else ()
+    return lambda each: each in (*left, *done)
+
+
+def _fitted_as(folder: Path, name: str) -> bool:
+    """Whether a folder holds a fitted method of this name."""
+    from sparing.grid.files import read_json
+
+    file = folder / "method.json"
+    return file.is_file() and read_json(file).get("method") == name
 
 
 def _writable(folder: Path) -> None:

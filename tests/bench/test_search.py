@@ -147,6 +147,7 @@ def test_the_report_says_what_was_found(tmp_path: Path) -> None:
     assert facts["Loads in"] == "sparing.from_pretrained"
     share = sum(p.numel() for p in found.model.parameters()) / sum(p.numel() for p in search.model.parameters())
     assert facts["Parameters"].startswith(f"{share:.1%} of ")
+    assert facts["Parameters"].endswith(", embeddings included")
     page = search_report.write(search, found).read_text()
     for unit in search.elastic.units:
         stays, there = found.kept[unit.name]

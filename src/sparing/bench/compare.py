@@ -55,6 +55,8 @@ from sparing.engine.checkpoint import save_pretrained
 from sparing.engine.surgery import prune
 from sparing.engine.view import evaluating
 from sparing.grid.files import parse_json, read_json, short
+from sparing.grid.folders import refuse_content
+from sparing.grid.lists import listed
 from sparing.grid.method import BudgetError, Error, Method, load, load_fits, parse
 from sparing.grid.method import methods as all_methods
 
@@ -154,7 +156,7 @@ def compare(
         model: `lab:NAME`, a checkpoint folder, a hub id, a model object, or what `load_model` gave.
         task: `ppl`, `ppl:FILE`, `find-digit`, `vqa:FILE.jsonl`, or a `Task`.
         methods: names, `name:field=value,…`, folders of fitted methods, or `Method` objects; one or several.
-        keep: budgets: shares of the cells of a method's axis that run; one or several.
+        keep: budgets, one or several: shares of the cells of a method's axis that run.
         out: folder for `results.jsonl`; None keeps the rows in memory only.
         resume: go on with the run that `out` holds.
         device: where to run.
@@ -176,10 +178,10 @@ def compare(
     Raises:
         Error: something that the caller asked for cannot be, or none of the methods can run; before any work.
     """
-    keep = [keep] if isinstance(keep, (int, float)) else keep
+    methods, keep = listed(methods), listed(keep)
     for share in keep:
         if not (isinstance(share, (int, float)) and 0 < share <= 1):
-            raise Error(f"keep = {share}: must be above 0 and at most 1")
+            raise Error(f"keep = {share!r}: must be above 0 and at most 1")
     for name, value, least in (("limit", limit, 1), ("repeats", repeats, 0), ("control_seeds", control_seeds, 3)):
         if value is not None and value < least:
             raise Error(f"{name} = {value}: must be at least {least}")
@@ -241,11 +243,14 @@ class Store:
         file, self._file = (self.folder / name for name in self.files)
         if self.holds(self.folder, arguments, resume):
             self._recover()
-        elif not (self.folder / Store.files[0]).is_file() and any(
-            not path.name.endswith(".new") for path in self.folder.iterdir()
-        ):
-            raise Error(f"out = '{self.folder}': is not empty and holds no run of sparing compare; take another folder")
         else:
+            if not (self.folder / Store.files[0]).is_file():
+                refuse_content(
+                    self.folder,
+                    f"out = '{self.folder}'",
+                    but=lambda name: name.endswith(".new"),
+                    lacks="run of sparing compare",
+                )
             _write(file, json.dumps(arguments, indent=2) + "\n")
 
     @classmethod
@@ -487,10 +492,7 @@ class Work:
                     torch.manual_seed(self.arguments["seed"])
                     fitted = method.fit(self.model, self.task.batches(FIT_BATCHES))
                 if folder:
-                    beside = folder.with_name(folder.name + ".new")
-                    fitted.save(beside)
-                    os.replace(beside, folder)
-                    fitted = load(folder)
+                    fitted = load(fitted.save(folder))
                 self.fitted[spec] = fitted
         return self.fitted[spec]
 

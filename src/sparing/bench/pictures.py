@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -146,17 +147,29 @@ def svg(figure: Figure) -> str:
     return text
 
 
+_MADE = "made by sparing"  # in the file, by which it is known again
+
+
 def save(figure: Figure, path: Path) -> None:
-    """Writes the figure in the format that the file's name says: .png, .svg or .pdf.
+    """Writes the figure in the format that the file's name says, .png, .svg or .pdf: whole, or not at all.
 
     Raises:
         Error: the file cannot be written.
     """
+    beside = path.with_name(f"{path.stem}.new{path.suffix}")
+    key = "Software" if path.suffix.lower() == ".png" else "Creator"
     with _style():
         try:
-            figure.savefig(path, dpi=160)
+            figure.savefig(beside, dpi=160, metadata={key: _MADE})
+            os.replace(beside, path)
         except OSError as problem:
+            beside.unlink(missing_ok=True)
             raise Error(f"out: {path} cannot be written: {problem.strerror or problem}") from problem
+
+
+def made_here(path: Path) -> bool:
+    """Whether a file is a picture that `save` wrote, and so may be written again."""
+    return path.is_file() and _MADE.encode() in path.read_bytes()
 
 
 # --------------------------------------------------------------------------- rows

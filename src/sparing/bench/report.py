@@ -7,7 +7,7 @@ import hashlib
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from html import escape
@@ -35,6 +35,8 @@ from sparing.bench.summary import (
     quality,
     titled,
 )
+from sparing.grid.folders import content, kind_of
+from sparing.grid.lists import listed
 from sparing.grid.method import Error
 
 if TYPE_CHECKING:
@@ -356,9 +358,9 @@ def machine(device: str = "cpu") -> str:
 
 def write(
     rows: Sequence[Row],
-    out: Path,
+    out: str | Path,
     pictures: Mapping[str, Figure] | None = None,
-    machines: Sequence[str] = (),
+    machines: str | Sequence[str] = (),
 ) -> Path:
     """Writes `report.html`, the pictures as PNG and SVG, and the tables as Markdown (`report.md`, of a sweep
     `breakeven.md`) into `out`.
@@ -370,14 +372,14 @@ def write(
         rows: of one or several comparisons, and of their sweeps.
         out: folder, made if it is missing.
         pictures: figures of what ran: by the names of `shots`.
-        machines: where the rows were measured, see `machine`.
+        machines: where the rows were measured, one or several, see `machine`.
 
     Returns:
         the path of the report.
     """
     from sparing.bench import pictures as draw
 
-    rows = list(rows)
+    rows, out = list(rows), Path(out)
     if not rows:
         raise Error("rows: there is nothing to report yet")
     drawn = {"pareto": draw.pareto(rows), "controls": draw.controls(rows), "bounds": draw.bounds(rows)}
@@ -422,6 +424,16 @@ def shots(found: Sequence[Experiment]) -> list[Shot]:
     return shown
 
 
+def takes(out: Path, runs: Iterable[Path]) -> Callable[[str], bool]:
+    """Which names may be in the folder of a report: any in that of an earlier report and of one of the runs, else
+    folders that this library made, which no file of the report is mixed up with."""
+    page = out / FILE
+    earlier = page.is_file() and b"<title>sparing: " in page.read_bytes()[:2000] and not kind_of(content(out))
+    if earlier or out.resolve() in [run.resolve() for run in runs]:
+        return lambda name: True
+    return lambda name: bool(kind_of(content(out / name)))
+
+
 def gather(runs: Sequence[tuple[Path, Sequence[Row]]], out: Path) -> list[Row]:
     """The rows of several comparisons and of their sweeps; pictures of what ran are copied to `out` under the names of
     one report.
@@ -453,8 +465,9 @@ def _gallery(rows: Sequence[Row], out: Path, drawn: Mapping[str, Figure | None])
     return {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
 
 
-def markdown(rows: Iterable[Row], machines: Sequence[str] = ()) -> str:
+def markdown(rows: Iterable[Row], machines: str | Sequence[str] = ()) -> str:
     """The tables of the page, their sentences and what the columns mean, to paste where Markdown is read."""
+    machines = listed(machines)
     rows = [row for row in rows if not is_swept(row)]
     found = experiments(rows)
     lines = [summary.opening(found, machines), ""]
@@ -472,11 +485,12 @@ def markdown(rows: Iterable[Row], machines: Sequence[str] = ()) -> str:
     return "\n".join(escape(line, quote=False) for line in lines) + "\n"
 
 
-def html(rows: Sequence[Row], gallery: Mapping[str, str], machines: Sequence[str] = ()) -> str:
+def html(rows: Sequence[Row], gallery: Mapping[str, str], machines: str | Sequence[str] = ()) -> str:
     """The page. `gallery` holds SVG elements by name; everything else in it is escaped."""
     from jinja2 import Environment, PackageLoader
     from markupsafe import Markup
 
+    machines = listed(machines)
     found = experiments(rows)
     environment = Environment(
         loader=PackageLoader("sparing.bench", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True

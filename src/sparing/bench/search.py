@@ -29,6 +29,8 @@ from sparing.engine.units import calibrate, unit_scores
 from sparing.engine.view import evaluating
 from sparing.grid.costs import CostTable
 from sparing.grid.files import read_json
+from sparing.grid.folders import refuse_content
+from sparing.grid.lists import listed
 from sparing.grid.method import Error
 from sparing.grid.search import Evolution, Genome, Stage, best_of, moves
 
@@ -102,7 +104,7 @@ class Search:
     Args:
         loaded: model and tokenizer.
         batches: calibration text, rows are sequences.
-        axes: of depth, width, experts.
+        axes: of depth, width, experts; one or several.
         target: see `Target`.
         out: folder.
         generations, offspring, stages: of the evolution.
@@ -123,7 +125,7 @@ class Search:
         self,
         loaded: Loaded,
         batches: Sequence[Mapping[str, Tensor]],
-        axes: Sequence[str],
+        axes: str | Sequence[str],
         target: Target,
         out: str | Path,
         *,
@@ -141,6 +143,7 @@ class Search:
         self.model, self.loaded, self.target = loaded.model, loaded, target
         self.out, self.portable, self.progress = Path(out), portable, progress
         self._generations, self._seed = generations, seed
+        axes = listed(axes)
         found = units(self.model, axes)
         dearest = max(stage.effort for stage in stages)
         text = Fidelity(self.model, batches, lambda genome: None, (), dearest=dearest)  # refuses too little at once
@@ -183,8 +186,8 @@ class Search:
             refuse_other(file, arguments, "search")
             if not resume:
                 raise Error(f"out = '{self.out}': holds this search already; pass --resume to go on, or another folder")
-        elif self.out.is_dir() and any(path.name != "costs.json" for path in self.out.iterdir()):
-            raise Error(f"out = '{self.out}': is not empty and holds no search; take another folder")
+        else:
+            refuse_content(self.out, f"out = '{self.out}'", but=lambda name: name == "costs.json", lacks="search")
 
     def _write(self, name: str, data: Any) -> None:
         try:
@@ -496,8 +499,8 @@ def save(search: Search, found: Found, data: str) -> Path:
         "parameters before": f"{sum(p.numel() for p in search.model.parameters()):,}",
     }
     small.sparing_origin = {"method": "search", "fields": {"target": str(search.target)}}  # type: ignore[assignment]
-    save_pretrained(small, search.out / "model", processor=_processor(search.loaded), card=facts)
-    return search.out / "model"
+    folder = search.out / "model"  # of this search, as all in `out` is
+    return save_pretrained(small, folder, processor=_processor(search.loaded), card=facts, overwrite=True)
 
 
 def _processor(loaded: Loaded) -> Any:

@@ -36,7 +36,10 @@ def facts(search: Search, found: Found) -> list[tuple[str, str]]:
     rows += [
         ("KL to dense", f"{found.fitness:.4f} nats a token"),
         ("Generations", f"{len(found.history)}, {search.fitness.evaluated:,} tokens evaluated in this process"),
-        ("Parameters", f"{_size(found.model) / _size(search.model):.1%} of {_size(search.model):,}"),
+        (
+            "Parameters",
+            f"{_size(found.model) / _size(search.model):.1%} of {_size(search.model):,}, embeddings included",
+        ),
         ("Loads in", "sparing.from_pretrained" if not_portable(found.model) else "plain transformers"),
     ]
     return rows

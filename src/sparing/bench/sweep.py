@@ -40,6 +40,7 @@ from sparing.bench.models import Loaded
 from sparing.bench.tasks import Task
 from sparing.bench.timing import Ratio, Stages
 from sparing.engine.view import evaluating
+from sparing.grid.lists import listed
 from sparing.grid.method import Error, Method
 
 TOKENS = 64  #: output tokens of the generation that `total` is about
@@ -97,9 +98,9 @@ def sweep(
     loaded: Loaded,
     task: str | Task,
     methods: str | Path | Method | Sequence[str | Path | Method],
-    keep: Sequence[float],
-    contexts: Sequence[int],
-    batches: Sequence[int] = (1,),
+    keep: float | Sequence[float],
+    contexts: int | Sequence[int],
+    batches: int | Sequence[int] = (1,),
     *,
     tokens: int = TOKENS,
     out: str | Path | None = None,
@@ -115,9 +116,9 @@ def sweep(
         loaded: what `load_model` gave.
         task: as for `compare`; its `sized` makes the prompts.
         methods: as for `compare`.
-        keep: budgets: shares of the cells of a method's axis that run.
-        contexts: tokens of a prompt.
-        batches: prompts that run together.
+        keep: budgets, one or several: shares of the cells of a method's axis that run.
+        contexts: tokens of a prompt, one number or several.
+        batches: prompts that run together, one number or several.
         tokens: output tokens of a whole generation; the first one comes from the prefill.
         out: folder for `sweep.jsonl`; None keeps the rows in memory only.
         resume: go on with the sweep that `out` holds.
@@ -149,12 +150,13 @@ def sweep(
     return given.run(progress)
 
 
-def axes(texts: Sequence[str]) -> tuple[list[int], list[int]]:
+def axes(texts: str | Sequence[str]) -> tuple[list[int], list[int]]:
     """Contexts and batches as the command line has them; without batch it is 1.
 
     >>> axes(["context=512,2048", "batch=1,8"])
     ([512, 2048], [1, 8])
     """
+    texts = listed(texts)
     found: dict[str, list[int]] = {}
     usual = "e.g. context=512,2048 batch=1,8"
     for word in (word for text in texts for word in text.split() or [""]):
@@ -204,9 +206,9 @@ def prepare(
     loaded: Loaded,
     task: str | Task,
     methods: str | Path | Method | Sequence[str | Path | Method],
-    keep: Sequence[float],
-    contexts: Sequence[int],
-    batches: Sequence[int] = (1,),
+    keep: float | Sequence[float],
+    contexts: int | Sequence[int],
+    batches: int | Sequence[int] = (1,),
     *,
     tokens: int = TOKENS,
     out: str | Path | None = None,
@@ -216,9 +218,10 @@ def prepare(
     fitted: Mapping[str, str | Path | Method] | None = None,
 ) -> Prepared:
     """Checks what `sweep` is asked for, without work and without touching `out`; its arguments are those of `sweep`."""
+    methods, keep, contexts, batches = listed(methods), listed(keep), listed(contexts), listed(batches)
     for share in keep:
         if not (isinstance(share, (int, float)) and 0 < share <= 1):
-            raise Error(f"keep = {share}: must be above 0 and at most 1")
+            raise Error(f"keep = {share!r}: must be above 0 and at most 1")
     asked = named(methods, fitted or {})
     for name, values in (("contexts", contexts), ("batches", batches), ("methods", asked), ("keep", keep)):
         if not len(values):
@@ -226,7 +229,7 @@ def prepare(
     numbers = [("context", value) for value in contexts] + [("batch", value) for value in batches]
     for name, value in [*numbers, ("tokens", tokens), *([] if repeats is None else [("repeats", repeats)])]:
         if not isinstance(value, int) or value < 1:
-            raise Error(f"{name} = {value}: must be a whole number of at least 1")
+            raise Error(f"{name} = {value!r}: must be a whole number of at least 1")
     bound = tasks.parse(task, loaded)
     check(asked, loaded, bound)
     remark = _room(loaded, max(contexts))

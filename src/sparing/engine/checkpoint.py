@@ -29,7 +29,7 @@ from sparing.engine.surgery import (
     drop_mlp,
 )
 from sparing.engine.view import View
-from sparing.grid import files
+from sparing.grid import files, folders
 from sparing.grid.files import Entry, short, sized
 from sparing.grid.method import Error
 
@@ -60,9 +60,13 @@ def _per_layer_config(config: Any, shapes: list[dict[str, Any]]) -> dict[str, di
 
 
 def save_pretrained(
-    model: nn.Module, folder: str | Path, processor: Any = None, card: Mapping[str, Any] | None = None
+    model: nn.Module,
+    folder: str | Path,
+    processor: Any = None,
+    card: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> Path:
-    """Write a (cut) model as an ordinary checkpoint folder with a model card.
+    """Write a (cut) model as an ordinary checkpoint folder with a model card, whole or not at all.
 
     `config.json` gets the per-layer shapes in a section `sparing`, and in transformers' `per_layer_config` schema where
     the config class takes it. Load with `sparing.from_pretrained`. A cut that is the same in every layer and has no
@@ -73,10 +77,23 @@ def save_pretrained(
         folder: to write to; made if missing.
         processor: tokenizer or processor to save beside it.
         card: facts for the model card, e.g. {"method": "flap", "keep": 0.7, "data": "wikitext-2"}.
+        overwrite: replace what the folder holds, all of it, once the new checkpoint is written.
+
+    Raises:
+        Error: the folder holds something, or cannot be written to; the model is none of transformers.
     """
-    folder = Path(folder)
+    folder, where = Path(folder), f"folder = {str(folder)!r}"
     if not isinstance(model, PreTrainedModel):
         raise Error(f"model = {type(model).__name__}: only a transformers model can be saved as a checkpoint")
+    if not overwrite:
+        folders.refuse_content(folder, where, way="overwrite = True")
+    with folders.whole(folder, where) as new:
+        _write(model, new, processor, card or {})
+    return folder
+
+
+def _write(model: PreTrainedModel, folder: Path, processor: Any, card: Mapping[str, Any]) -> None:
+    """The files of a checkpoint, into an empty folder."""
     view = View(model)
     model.save_pretrained(folder)
     if processor is not None:
@@ -92,10 +109,9 @@ def save_pretrained(
         place[SECTION] = {**section, "per_layer_config": bool(per_layer)}
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     origin: Any = getattr(model, "sparing_origin", {})
-    facts = {**origin, **(card or {})}
+    facts = {**origin, **card}
     if facts:
         (folder / "README.md").write_text(_model_card(model, facts, section))
-    return folder
 
 
 def _model_card(model: nn.Module, facts: Mapping[str, Any], section: dict[str, Any] | None) -> str:

@@ -28,6 +28,7 @@ from sparing.engine.surgery import (
 )
 from sparing.engine.units import compensation, unit_scores
 from sparing.engine.view import LayerView, View, evaluating, heads_a_group
+from sparing.grid.lists import listed
 from sparing.grid.method import Error
 from sparing.grid.search import Genome
 
@@ -55,17 +56,19 @@ class Unit:
         return f"{self.site}.{self.layer}"
 
 
-def units(model: nn.Module, axes: Sequence[str], *, multiple: int = 16, steps: int = 8) -> list[Unit]:
+def units(model: nn.Module, axes: str | Sequence[str], *, multiple: int = 16, steps: int = 8) -> list[Unit]:
     """The units of a model, attention before MLP, layer by layer.
 
     Args:
-        axes: "depth" lets sub-layers go, "width" gives them the widths between, "experts" the numbers of experts.
+        axes: one or several: "depth" lets sub-layers go, "width" gives them the widths between, "experts" the numbers
+            of experts.
         multiple: widths of MLPs are multiples of it; unaligned ones lose up to a third of the gain.
         steps: levels of an MLP, or of experts, above nothing.
 
     Raises:
         Error: an unknown axis, or one that the model lacks.
     """
+    axes = listed(axes)
     for axis in axes:
         if axis not in AXES:
             raise Error(f"axes = {axis!r}: must be among {', '.join(AXES)}")

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -354,33 +353,40 @@ class Method:
 
         Args:
             model: the model the method will run on.
-            batches: keyword arguments of the model's forward, one dict a batch.
+            batches: keyword arguments of the model's forward, one dict a batch; a single dict is one batch.
         """
         raise Error(f"{self.name} needs {self.card.needs}: there is nothing to fit")
 
-    def save(self, folder: str | Path) -> Path:
-        """Write `method.json` and, if there is state, `state.safetensors`; each file whole or not at all."""
-        folder = Path(folder)
+    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
+        """Write `method.json` and, if there is state, `state.safetensors`: both whole, or nothing.
+
+        Args:
+            folder: made if missing. A fitted method that it holds is replaced.
+            overwrite: replace whatever else it holds, all of it.
+
+        Raises:
+            Error: the folder holds something else, or cannot be written to.
+        """
+        from sparing.grid import folders  # which needs Error
+
+        folder, where = Path(folder), f"folder = {str(folder)!r}"
+        if not overwrite:
+            folders.refuse_content(folder, where, but=_FILES.__contains__, way="overwrite = True")
         data = {
             "method": self.name,
             "fields": self.fields(),
             "model": self.fitted_on,
             "state": {name: _described(tensor) for name, tensor in self.state.items()},
         }
-        tensors, file = folder / "state.safetensors", folder / "method.json"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+        with folders.whole(folder, where) as new:
             if self.state:
-                save_file({k: v.contiguous() for k, v in self.state.items()}, tensors.with_suffix(".new"))
-                os.replace(tensors.with_suffix(".new"), tensors)
-            file.with_suffix(".new").write_text(json.dumps(data, indent=2) + "\n")
-            os.replace(file.with_suffix(".new"), file)
-            if not self.state:
-                tensors.unlink(missing_ok=True)
-        except (OSError, SafetensorError) as problem:
-            why = getattr(problem, "strerror", None) or problem
-            raise Error(f"folder = {str(folder)!r}: cannot be written to ({why})") from problem
+                save_file({k: v.contiguous() for k, v in self.state.items()}, new / _STATE)
+            (new / _METHOD).write_text(json.dumps(data, indent=2) + "\n")
         return folder
+
+
+_METHOD, _STATE = "method.json", "state.safetensors"
+_FILES = (_METHOD, _STATE, "method.new", "state.new")  # the last two were left by a kill, of older versions
 
 
 # --------------------------------------------------------------------------- the model that a state belongs to
@@ -437,14 +443,25 @@ def state_check(check: StateCheck) -> StateCheck:
 
 def _noting(fit: Callable[..., Method]) -> Callable[..., Method]:
     @functools.wraps(fit)
-    def noting(self: Method, model: torch.nn.Module, *args: Any, **options: Any) -> Method:
+    def noting(self: Method, model: torch.nn.Module, batches: Any, *args: Any, **options: Any) -> Method:
         _rooms()
         for check in _MODEL_CHECKS:
             check(self, model)
-        fitted = fit(self, model, *args, **options)
+        fitted = fit(self, model, _as_batches(batches), *args, **options)
         return fitted.with_state(fitted.state, sizes(model))
 
     return noting
+
+
+def _as_batches(given: Any) -> Any:
+    """What `fit` reads: one batch is a list of it; a name is none."""
+    if isinstance(given, (str, bytes, os.PathLike)):
+        raise Error(
+            f"batches = {str(given)!r}: must be batches, each a dict of what the model's forward takes; of a text "
+            'they are made by sparing.bench.tasks.parse("ppl:FILE", loaded).batches(32), or by sparing fit --data FILE'
+        )
+    one = isinstance(given, Mapping) and any(isinstance(value, Tensor) for value in given.values())
+    return [given] if one else given
 
 
 def _refusing(plan: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from sparing.engine.view import View
 from sparing.engine.widths import cannot_cut
+from sparing.grid.lists import listed
 from sparing.grid.method import Card, Error, Method, get, methods, parse
 from sparing.testing.models import ARCHITECTURES, VISUAL, build, prompt
 from sparing.testing.settings import BUDGETS
@@ -230,18 +231,18 @@ class Result:
 
 
 def cases(
-    names: Iterable[str | type[Method]] | None = None,
-    architectures: Sequence[str] = ARCHITECTURES,
-    checks: Sequence[str] | None = None,
+    names: str | type[Method] | Iterable[str | type[Method]] | None = None,
+    architectures: str | Sequence[str] = ARCHITECTURES,
+    checks: str | Sequence[str] | None = None,
     *,
     budgets: Mapping[str, Budgets] | None = None,
 ) -> list[Case]:
     """All cases of the suite, none left out: what a method cannot work on is a case of the check `refusal`.
 
     Args:
-        names: registered methods, or classes; default every registered one.
-        architectures: of `sparing.testing.ARCHITECTURES`.
-        checks: names of checks; default all that the Card calls for.
+        names: registered methods, or classes, one or several; default every registered one.
+        architectures: one or several of `sparing.testing.ARCHITECTURES`.
+        checks: names of checks, one or several; default all that the Card calls for.
         budgets: method name, or "method architecture" -> {"full": text, "mid": text, "cut": text}, for methods whose
             `at` cannot spread a budget over six layers, or to check other settings than the defaults; "fit": text
             is for settings that make fitting short. Added to those of `sparing.testing.settings`.
@@ -251,13 +252,14 @@ def cases(
     """
     import sparing.testing.checks  # noqa: F401  they register themselves
 
+    architectures, checks = listed(architectures), None if checks is None else listed(checks)
     for what, given, known in (("architectures", architectures, ARCHITECTURES), ("checks", checks or (), CHECKS)):
         for name in given:
             if name not in known:
                 raise Error(f"{what} = {name!r}: must be among {', '.join(known)}")
     known_budgets: dict[str, Budgets] = {**BUDGETS, **(budgets or {})}
     found = []
-    for item in methods() if names is None else names:
+    for item in methods() if names is None else listed(names):
         method = get(item) if isinstance(item, str) else item
         for architecture in architectures:
             reason = cannot(method.card, architecture)
@@ -289,8 +291,8 @@ def run(some: Sequence[Case], *, progress: bool = True) -> Result:
 
 def check_method(
     method: str | type[Method],
-    architectures: Sequence[str] = ARCHITECTURES,
-    checks: Sequence[str] | None = None,
+    architectures: str | Sequence[str] = ARCHITECTURES,
+    checks: str | Sequence[str] | None = None,
     *,
     budgets: Budgets | None = None,
     progress: bool = False,
