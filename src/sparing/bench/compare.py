@@ -631,6 +631,7 @@ class _Comparison(Work):
             quality = task.evaluate(subject.model, run, limit, self.bar.part)
             row["note"] = partly(run.trace) if run is not None else ""
             if method is not None:
+                row["note"] = "; ".join(filter(None, (row["note"], method.remark)))
                 row["cells"], idle = self.cells(run, subject, method, self.task.inputs)
         if not math.isfinite(quality):
             raise ArithmeticError(f"{task.metric} is {quality}")
