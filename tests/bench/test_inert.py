@@ -187,7 +187,7 @@ def test_a_control_that_there_is_not(reader: Loaded) -> None:
     """Settings without a control of their own: out of reach, and no fault of the run."""
     name = "model.layers.0.mlp.up_proj.weight"
     state = {f"weight.{name}": torch.zeros_like(reader.model.get_parameter(name))}
-    rows = run(reader, tasks.Text(reader, TEXT), [parse("evopress:levels=bits,amount=8").with_state(state)], 0.5)
+    rows = run(reader, tasks.Text(reader, TEXT), [parse("evopress:levels=bits,amount=6").with_state(state)], 0.375)
     found = {(row["control"], row["status"]) for row in rows[1:]}
     assert found == {("random", "unreachable"), ("uniform", "unreachable"), (None, "ok")}
     assert shortfall(rows) == ""

@@ -39,7 +39,7 @@ def fitted(architecture: str = "llama", **fields: Any) -> DuoLlm:
 
 
 def run(model: Any, method: DuoLlm, batch: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad(), sparing.attach(model, method):
+    with torch.no_grad(), sparing.attach(model, method, warn=False):
         return model(**batch).logits
 
 
@@ -176,7 +176,7 @@ def test_temperature_rises_linearly_from_one(llama: Any) -> None:
     for share, tau in ((0.0, 1.0), (0.5, 5.5)):
         objective.share = share
         soft = _Soft(tau=tau).with_state(fitted().state)
-        with torch.no_grad(), sparing.attach(llama, soft):
+        with torch.no_grad(), sparing.attach(llama, soft, warn=False):
             assert objective(batch).item() == pytest.approx(float(llama(**batch).loss), rel=1e-6)
 
 

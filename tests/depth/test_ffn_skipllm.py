@@ -95,7 +95,7 @@ def generate(method: FfnSkipLLM | None, batch: dict[str, Tensor], tokens: int = 
         if method is None:
             out = model.generate(**batch, max_new_tokens=tokens, **OPTIONS)
         else:
-            with sparing.attach(model, method):
+            with sparing.attach(model, method, warn=False):
                 out = model.generate(**batch, max_new_tokens=tokens, **OPTIONS)
     return torch.stack(out.logits, 1), watched, out.past_key_values
 

@@ -117,7 +117,7 @@ def test_oracle_2_certain_routers_make_soft_and_hard_equal(llama: PreTrainedMode
     assert len(set(sets)) > 1, sets
     with torch.no_grad():
         soft = soft_logits(llama, state, ids, 5)
-        with sparing.attach(llama, method, prompt=5):
+        with sparing.attach(llama, method, prompt=5, warn=False):
             torch.testing.assert_close(llama(ids).logits, soft, **CLOSE)
         assert not torch.allclose(llama(ids).logits, soft, rtol=0.1, atol=0.1)
 

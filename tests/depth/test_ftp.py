@@ -181,7 +181,7 @@ def test_oracle_5_attention_is_the_mean_over_heads_and_the_last_queries(queries:
 
     method = Reads(**ftp((0.5,) * LAYERS, threshold=1.0).fields())
     with torch.no_grad():
-        with sparing.attach(model, method.with_state(state((0.5,) * LAYERS)), prompt=5):
+        with sparing.attach(model, method.with_state(state((0.5,) * LAYERS)), prompt=5, warn=False):
             model(**batch)
         weights = model(**batch, output_attentions=True).attentions
     assert len(found) == LAYERS
