@@ -189,6 +189,8 @@ class Run:
     def _idle(self, method: Method) -> str | None:
         if isinstance(method, SurgeryMethod):
             plan = self._plans.get(method.name)
+            if _weights(method):  # of its own: EvoPress' zeros and bits cut nothing away
+                return None
             return "its plan cuts no head, neuron, expert or layer" if plan is not None and plan.keeps_all else None
         cells = self.trace.cells
         if isinstance(method, RoutingMethod):
