@@ -302,6 +302,16 @@ class SwitchesToEager(Sound):
         stream._view.config._attn_implementation = "eager"
 
 
+@broken("situations", "llama", DEPTH)
+@dataclass(frozen=True)
+class GoesByWidth(Skips):
+    """Takes every narrow pass for generated tokens, so also the parts of a prompt that comes in chunks."""
+
+    def before_layer(self, stream: Stream, layer: int) -> None:
+        if layer >= self.first and stream.width < 5:
+            stream.bypass(free=True)
+
+
 @broken("memory", "llava")
 @dataclass(frozen=True)
 class FullAttentionMatrix(Sound):
