@@ -50,7 +50,7 @@ def test_every_method_meets_every_architecture() -> None:
 
 def test_a_method_is_refused_only_where_it_has_nothing_to_work_on() -> None:
     """Written out, so that a model whose parts are no longer found does not pass for one without them."""
-    whole = {"gpt-neox", "opt", "falcon", "gptj", "bloom", "gpt2", "phi", "llama4"}  # fused head by head, plain MLPs
+    whole = {"gpt-neox", "opt", "falcon", "gptj", "bloom", "gpt2", "phi"}  # fused head by head, plain MLPs
     divisible = {*DENSE, *VISION} - whole
     works = {
         "tokens": set(VISION),
@@ -61,8 +61,7 @@ def test_a_method_is_refused_only_where_it_has_nothing_to_work_on() -> None:
     has = {  # parts that a Card may require
         "mlp": set(ARCHITECTURES) - {"opt", "bloom"},
         "neurons": divisible,
-        "scores": set(ARCHITECTURES)
-        - {"gpt-neox", "falcon", "gptj", "bloom", "gpt2", "deepseek-v2", "deepseek-v3", "llama4"},
+        "scores": set(ARCHITECTURES) - {"gpt-neox", "falcon", "gptj", "bloom", "gpt2", "deepseek-v2", "deepseek-v3"},
         "lora": set(ARCHITECTURES) - {"gpt2"},
     }
     for name, method in sparing.methods().items():

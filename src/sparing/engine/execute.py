@@ -453,8 +453,7 @@ class Pass:
         if self.executor.returns is None:
             kwargs = self._alone(torch.zeros(self.batch, 1, dtype=torch.long, device=self.device))
             row = hidden.detach()[:, :1] if hidden.shape[1] else hidden.new_zeros(self.batch, 1, hidden.shape[-1])
-            with torch.no_grad(), _disable_current_modes():
-                self._called(forward, row, kwargs)
+            self._dry(forward, row, kwargs)
         return (hidden, *[None] * (self.executor.returns - 1)) if self.executor.returns else hidden
 
     def _cache_argument(self, forward: Callable[..., Any]) -> str:
@@ -569,22 +568,27 @@ class Pass:
         rows, kwargs = take(stream.hidden, ends).detach(), self._alone(take(stream.index, ends))
         held: Any = DynamicCache()
         kwargs[self._cache_argument(self._forward)] = held
-        reading, self.reading = self.reading, True  # no method acts meanwhile
-        try:
-            with torch.no_grad(), _disable_current_modes():
-                self._called(self._forward, rows, kwargs)
-                found = next(entry.keys for entry in held.layers if entry.is_initialized)
-                rope = rotary_in(kwargs)[1]
-                for turned in (True, False) if rope is not None else (False,):
-                    gap = layer.keys(rows, rope if turned else None) - found
-                    if float(gap.abs().max()) <= 0.05 * float(found.abs().max()):
-                        return turned
-        finally:
-            self.reading = reading
+        self._dry(self._forward, rows, kwargs)
+        with torch.no_grad(), _disable_current_modes():
+            found = next(entry.keys for entry in held.layers if entry.is_initialized)
+            rope = rotary_in(kwargs)[1]
+            for turned in (True, False) if rope is not None else (False,):
+                gap = layer.keys(rows, rope if turned else None) - found
+                if float(gap.abs().max()) <= 0.05 * float(found.abs().max()):
+                    return turned
         raise Error(
             f"layer {index}: attention scores for {type(layer.attention).__name__} would be wrong: the keys computed "
             "from its norm, k_proj and position embedding are not those that it attends to"
         )
+
+    def _dry(self, forward: Callable[..., Any], rows: Tensor, kwargs: dict[str, Any]) -> None:
+        """Run a layer to look at it: no method acts, nothing is counted."""
+        reading, self.reading = self.reading, True
+        try:
+            with torch.no_grad(), _disable_current_modes():
+                self._called(forward, rows, kwargs)
+        finally:
+            self.reading = reading
 
     def _alone(self, columns: Tensor) -> dict[str, Any]:
         """What the layer is handed for these columns by themselves, without cache and mask."""
@@ -764,6 +768,7 @@ class Executor:
         self.run = run
         self.returns: int | None = None  # what layers give back: a tuple of so many, 0 for the state alone
         self.turned: dict[int, bool] = {}  # whether a layer turns its keys by their positions
+        self._mlp_returns: dict[int, int] = {}  # what a layer's MLP gives back beside the states
         self._local = _Local()
         self._lock = threading.RLock()
         self._thread = threading.get_ident()
@@ -940,7 +945,9 @@ class Executor:
         def own(x_BND: Tensor) -> Tensor:
             out = forward(x_BND, **kwargs)
             rest[:] = out[1:] if isinstance(out, tuple) else ()
-            return out[0] if isinstance(out, tuple) else out
+            if which == 1:
+                self._mlp_returns[index] = len(rest)
+            return (out[0] if isinstance(out, tuple) else out).reshape(x_BND.shape)  # Llama 4's experts flatten it
 
         run = own
         for method in work.methods:
@@ -948,6 +955,11 @@ class Executor:
                 verb = getattr(method, ("attend", "feed_forward")[which])
                 run = functools.partial(verb, stream, self.view.layers[index], forward=run)
         out = self._on_rows(which, run, x)
+        if which == 1 and not rest:  # no row ran it: some blocks of experts give back what their router said, too
+            if index not in self._mlp_returns:
+                with torch.no_grad(), _disable_current_modes():
+                    own(x[:, :1])
+            rest[:] = [None] * self._mlp_returns[index]
         if which == 1 and stream._watches_mlp and stream._mlp_input is None:
             after = isinstance(self.view.layers[index].norm, nn.Identity)  # a post-norm layer's MLP reads the state
             stream._mlp_input = x if after else (out,)  # type: ignore[assignment]

@@ -242,6 +242,8 @@ class Stream:
             raise Error("oracle: the task set no run.oracle; only a world that knows the truth has this control")
         full = torch.zeros(self.batch, self.width, device=self.hidden.device)
         slot, valid = pack(self._work.visual_BT)
+        if not slot.shape[1]:
+            return self.of_visual(self._pick_float(full))
         values = truth.to(full).expand(self.batch, -1)
         if values.shape[1] != slot.shape[1]:
             raise Error(f"oracle: {values.shape[1]} entries for {slot.shape[1]} visual tokens")

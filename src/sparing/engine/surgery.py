@@ -474,9 +474,10 @@ def _renumber(view: View, kept: list[LayerView]) -> None:
     dense = getattr(view.config, "first_k_dense_replace", None)
     if dense:
         view.config.first_k_dense_replace = sum(layer.index < dense for layer in kept)
-    plain = getattr(view.config, "mlp_only_layers", None)
-    if plain:
-        view.config.mlp_only_layers = [places[index] for index in plain if index in places]
+    for key in ("mlp_only_layers", "moe_layers"):
+        named = getattr(view.config, key, None)
+        if named:
+            setattr(view.config, key, [places[index] for index in named if index in places])
     view.config.num_hidden_layers = len(kept)
     for new, layer in enumerate(kept):
         for module in layer.module.modules():

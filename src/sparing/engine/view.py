@@ -186,10 +186,12 @@ class LayerView:
             )
         if not isinstance(rope, tuple):
             raise Error(f"{type(self.attention).__name__}: attention scores need positions as (cos, sin)")
-        turned = x_BHNd[..., : rope[0].shape[-1]]  # partial rotary embeddings turn the first channels only
         # The function turns a pair; an empty second tensor makes the other half free.
-        turned = self._rotary(turned, turned[:, :0], *rope)[0]
-        return torch.cat([turned, x_BHNd[..., turned.shape[-1] :]], -1) if turned.shape != x_BHNd.shape else turned
+        try:
+            return self._rotary(x_BHNd, x_BHNd[:, :0], *rope)[0]
+        except RuntimeError:  # partial rotary embeddings: the attention turns the first channels only
+            turned = x_BHNd[..., : rope[0].shape[-1]]
+            return torch.cat([self._rotary(turned, turned[:, :0], *rope)[0], x_BHNd[..., turned.shape[-1] :]], -1)
 
     def queries(self, hidden_BQD: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
         """Queries of a few rows of the layer's input, after norm, projection and position embedding: (B, H, Q, d)."""

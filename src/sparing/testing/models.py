@@ -16,7 +16,7 @@ IMAGE = 118  # token id of one visual token
 VISUAL = 16  # visual tokens of one image, a 4 x 4 grid
 DENSE = (
     *("llama", "qwen2", "qwen3", "gemma3", "mistral", "phi3", "gpt-neox", "opt"),
-    *("falcon", "gptj", "bloom", "gpt2", "phi", "olmo2", "cohere2", "llama4"),
+    *("falcon", "gptj", "bloom", "gpt2", "phi", "olmo2", "cohere2"),
 )
 MOE = ("qwen3-moe", "olmoe", "mixtral", "deepseek-v3", "deepseek-v2", "gpt-oss")
 TEXT = (*DENSE, *MOE)

@@ -31,6 +31,7 @@ BUDGETS["evopress"] = {"fit": f"evopress:{_SHORT}"}
 for name in ("easy-ep", "frequency-experts", "gate-experts", "random-experts"):
     # its router takes three experts of one of two groups of six
     BUDGETS[f"{name} deepseek-v3"] = {"mid": f"{name}:M=10,even=true", "cut": f"{name}:M=6,even=true"}
+
 BUDGETS["das"] = {"fit": "das:updates=2"}  # of hundreds, each judged on held-out data
 BUDGETS["skipdecode"] = {  # so short a reference length that layers leave within the few tokens that are generated
     "mid": "skipdecode:e_max=5,e_min=4,T_ref=3",
@@ -43,6 +44,8 @@ for name in ("qwen3", "gemma3"):  # its attention, which every token runs, is mo
 BUDGETS["random-ffn"] = {"mid": "random-ffn:skip=0.3,W=1", "cut": "random-ffn:skip=0/0.9/0.6/0.7/1/0.8,W=1"}
 _MEDIANS = {  # of the cosines before and after an FFN: of the tokens some hit, some do not
     "llama": 0.96, "qwen2": 0.965, "qwen3": 0.984, "gemma3": 0.9, "mistral": 0.96, "phi3": 0.972, "gpt-neox": 0.85,
+    "falcon": 0.82, "gptj": 0.844, "gpt2": 0.91, "phi": 0.86, "olmo2": 0.909, "cohere2": 0.967,
+    "deepseek-v2": 0.978, "gpt-oss": 0.94,
     "qwen3-moe": 0.997, "olmoe": 0.998, "mixtral": 0.987, "deepseek-v3": 0.92, "llava": 0.95, "qwen2.5-vl": 0.955,
 }  # fmt: skip
 for name, theta in _MEDIANS.items():
@@ -53,7 +56,11 @@ for name, theta in _MEDIANS.items():
     }
 _FTP = "population=6,generations=2,elites=2,queries=1"  # sixteen queries of nine tokens would cost what is saved
 BUDGETS["ftp"] = {"fit": f"ftp:{_FTP}"}
-for name in ("gemma3", "phi3"):  # the search makes the last layer too sparse for generated tokens, so nothing trains it
+for name in (
+    "gemma3",
+    "phi3",
+    "gpt-oss",
+):  # the search makes the last layer too sparse for generated tokens, so nothing trains it
     BUDGETS[f"ftp {name}"] = BUDGETS["ftp"] | {"cut": f"ftp:s=0.5,threshold=1,{_FTP}"}
 # its keys are a seventh of a layer, which is what it costs to read the attention
 BUDGETS["ftp opt"] = BUDGETS["ftp"] | {"mid": f"ftp:s=0.35,{_FTP}"}
