@@ -459,8 +459,9 @@ def fused_attention(s: Subject) -> None:
         torch.nn.functional.scaled_dot_product_attention = own
     ran = sum(rows > 0 for cells in run.trace.cells for rows in cells.rows)
     layers = len(View(s.model))
+    wanted = dense - layers + ran if dense else 0  # gpt-oss has sinks, which the fused kernel does not know
     expect(inside == setting, f"attn_implementation is {inside!r} inside the block, the user's is {setting!r}")
-    expect(len(calls) == dense - layers + ran, f"{len(calls)} fused calls, {dense} dense, {ran} of {layers} layers ran")
+    expect(len(calls) == wanted, f"{len(calls)} fused calls, {dense} dense, {ran} of {layers} layers ran")
 
 
 @check("memory")
