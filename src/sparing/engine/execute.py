@@ -768,7 +768,7 @@ class Executor:
         self.run = run
         self.returns: int | None = None  # what layers give back: a tuple of so many, 0 for the state alone
         self.turned: dict[int, bool] = {}  # whether a layer turns its keys by their positions
-        self._mlp_returns: dict[int, int] = {}  # what a layer's MLP gives back beside the states
+        self._mlp_returns: dict[type, int] = {}  # class of an MLP -> what it gives back beside the states
         self._local = _Local()
         self._lock = threading.RLock()
         self._thread = threading.get_ident()
@@ -805,6 +805,8 @@ class Executor:
         wraps = any(m.defines("attend") or m.defines("feed_forward") for m in self.run.streams)
         for layer in self.view.layers:
             self._patch(layer.module, functools.partial(self._layer, layer.index))
+            if layer.mlp is not None and not layer.neurons:
+                self._hooks.append(layer.mlp.register_forward_hook(Hook(self._shown)))
             if wraps:
                 self.patch_sublayers(layer.index)
             if self.run.routers and layer.experts is not None:
@@ -945,8 +947,6 @@ class Executor:
         def own(x_BND: Tensor) -> Tensor:
             out = forward(x_BND, **kwargs)
             rest[:] = out[1:] if isinstance(out, tuple) else ()
-            if which == 1:
-                self._mlp_returns[index] = len(rest)
             return (out[0] if isinstance(out, tuple) else out).reshape(x_BND.shape)  # Llama 4's experts flatten it
 
         run = own
@@ -955,15 +955,28 @@ class Executor:
                 verb = getattr(method, ("attend", "feed_forward")[which])
                 run = functools.partial(verb, stream, self.view.layers[index], forward=run)
         out = self._on_rows(which, run, x)
-        if which == 1 and not rest:  # no row ran it: some blocks of experts give back what their router said, too
-            if index not in self._mlp_returns:
-                with torch.no_grad(), _disable_current_modes():
-                    own(x[:, :1])
-            rest[:] = [None] * self._mlp_returns[index]
+        if which == 1 and not rest:
+            rest[:] = [None] * self._beside(index, functools.partial(forward, x[:, :1], **kwargs))
         if which == 1 and stream._watches_mlp and stream._mlp_input is None:
             after = isinstance(self.view.layers[index].norm, nn.Identity)  # a post-norm layer's MLP reads the state
             stream._mlp_input = x if after else (out,)  # type: ignore[assignment]
         return (out, *(rest or (None,))) if which == 0 else (out, *rest) if rest else out
+
+    def _beside(self, index: int, on_a_row: Callable[[], Any]) -> int:
+        """How many things a layer's MLP gives back beside the states: blocks of experts may hand on their router's.
+
+        A plain MLP none. Others showed it when one of their class ran; where none has yet, this one does, for a row.
+        """
+        layer = self.view.layers[index]
+        if layer.neurons:
+            return 0
+        if type(layer.mlp) not in self._mlp_returns:
+            with torch.no_grad(), _disable_current_modes():
+                self._shown(layer.mlp, (), on_a_row())
+        return self._mlp_returns[type(layer.mlp)]
+
+    def _shown(self, module: nn.Module | None, args: tuple[Any, ...], output: Any) -> None:
+        self._mlp_returns[type(module)] = len(output) - 1 if isinstance(output, tuple) else 0
 
     def _on_rows(self, which: int, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         rows = self.sublayer[which] if self.sublayer is not None else None
