@@ -71,7 +71,7 @@ def test_generate_is_handed_the_whole_or_what_follows_a_cache(
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "bloom"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "bloom", "llama4"])
 def test_layer_skipping_in_every_situation(situation: str, architecture: str) -> None:
     found = outcome(situation, build(architecture), SKIP, architecture)
     if situation == "second turn":

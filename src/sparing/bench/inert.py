@@ -10,7 +10,7 @@ from torch import nn
 from sparing.engine.attach import Run
 from sparing.engine.view import View
 from sparing.grid.method import Method
-from sparing.grid.trace import Cells, Trace
+from sparing.grid.trace import Trace
 
 
 class Inert(Exception):
@@ -54,7 +54,7 @@ def acted(run: Run, method: Method, generate: Callable[[], object]) -> tuple[flo
 def partly(trace: Trace) -> str:
     """A remark where some passes kept all their visual tokens and others did not; else nothing."""
     seen = [cells for cells in trace.cells if cells.visual]
-    whole = sum(map(_keeps_all, seen))
+    whole = sum(cells.keeps_visual for cells in seen)
     return f"all visual tokens ran in {whole} of {len(seen)} passes" if 0 < whole < len(seen) else ""
 
 
@@ -82,16 +82,14 @@ def _is_all(share: float) -> bool:
     return abs(share - 1) < 1e-9
 
 
-def _keeps_all(cells: Cells) -> bool:
-    return all(rows == cells.visual for rows in cells.visual_rows)
-
-
 def _whole_images(trace: Trace) -> str:
     seen = [cells for cells in trace.cells if cells.visual]
     if not seen:
         return "did nothing: it acts on visual tokens, and no prompt of the task had one"
     layers = len(seen[0].visual_rows)
-    return f"ran everything: all visual tokens in {layers} of {layers} layers" if all(map(_keeps_all, seen)) else ""
+    return (
+        f"ran everything: all visual tokens in {layers} of {layers} layers" if all(c.keeps_visual for c in seen) else ""
+    )
 
 
 def _everywhere(run: Run, axis: str) -> str:

@@ -17,7 +17,7 @@ from sparing.engine.lora import merged
 from sparing.engine.overlap import Deferred
 from sparing.engine.routing import RoutingMethod
 from sparing.engine.stream import StreamMethod
-from sparing.engine.surgery import Plan, SurgeryMethod, masked
+from sparing.engine.surgery import Plan, SurgeryMethod, masked, trained_weights
 from sparing.engine.view import View
 from sparing.grid.files import sized
 from sparing.grid.method import Error, Method, state_check
@@ -147,7 +147,7 @@ class Run:
                 if isinstance(method, SurgeryMethod):
                     plan = self._plans[method.name] = method.plan(self.model)
                     stack.enter_context(masked(self.model, plan))
-                tuned = {**_weights(method), **merged(self.model, method)}
+                tuned = {**trained_weights(method), **merged(self.model, method)}
                 if tuned:
                     stack.enter_context(_tuned(self.model, tuned))
             outer = runs[-2]._executor if len(runs) > 1 else None
@@ -181,15 +181,16 @@ class Run:
         Passes count in which the method has something to act on: those with visual tokens, with generated ones, with
         prompt. A method that had none is not among them, nor one at full budget, nor one that spends everything.
         """
-        found = {m.name: self._idle(m) for m in self.methods if m.card.saves != "nothing"}
-        shape = self.view.shape
-        asked = {m.name for m in self.methods if found.get(m.name) and not m.asks_all(shape)}
-        return {name: why for name, why in found.items() if why and name in asked}
+        return {
+            method.name: why
+            for method in self.methods
+            if method.card.saves != "nothing" and (why := self._idle(method)) and not method.asks_all(self.view.shape)
+        }
 
     def _idle(self, method: Method) -> str | None:
         if isinstance(method, SurgeryMethod):
             plan = self._plans.get(method.name)
-            if _weights(method):  # of its own: EvoPress' zeros and bits cut nothing away
+            if trained_weights(method):  # of its own: EvoPress' zeros and bits cut nothing away
                 return None
             return "its plan cuts no head, neuron, expert or layer" if plan is not None and plan.keeps_all else None
         cells = self.trace.cells
@@ -199,9 +200,8 @@ class Run:
             return f"all pairs of token and expert ran in {len(routed)} passes" if idle else None
         if method.card.visual:
             seen = [c for c in cells if c.visual]
-            idle_passes = [c for c in seen if sum(c.visual_rows) >= len(c.rows) * c.visual]
-            said = f"all visual tokens ran all layers in {len(idle_passes)} of {len(seen)} passes that have any"
-            return said if idle_passes else None
+            whole = sum(c.keeps_visual for c in seen)
+            return f"all visual tokens ran all layers in {whole} of {len(seen)} passes that have any" if whole else None
         phase = method.card.phase
         own = [c for c in cells if phase == "both" or (c.generated if phase == "decode" else c.generated < c.tokens)]
         what = {"decode": "generated", "prefill": "prompt"}.get(phase, "")
@@ -209,15 +209,10 @@ class Run:
         return f"all {what} tokens ran all layers in {len(own)} passes".replace("  ", " ") if full else None
 
 
-def _weights(method: Method) -> dict[str, Tensor]:
-    """Parameters of the model that a method was trained to have, by name."""
-    return {k.removeprefix("weight."): v for k, v in method.state.items() if k.startswith("weight.")}
-
-
 @state_check
 def _trained_on(method: Method, model: nn.Module) -> None:
     """Refuses trained weights that are not of this model."""
-    tuned = _weights(method)
+    tuned = trained_weights(method)
     own = dict(model.named_parameters()) if tuned else {}
     for name, tensor in tuned.items():
         has = sized(tuple(own[name].shape)) if name in own else "no such parameter"

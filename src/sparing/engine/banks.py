@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from sparing.engine.calls import split
 from sparing.engine.view import View, evaluating
 from sparing.grid import files
 from sparing.grid.compress import (
@@ -213,7 +214,7 @@ class _Replay:
         self.hidden: list[Tensor] = []
         self._mask: Tensor | None = None  # of the batch that runs
         self._masks: list[Tensor | None] = []
-        self._rest: list[list[tuple[Any, dict[str, Any]]]] = [[] for _ in self.layers]
+        self._rest: list[list[dict[str, Any]]] = [[] for _ in self.layers]
         self._out: Tensor | None = None
         with contextlib.ExitStack() as stack:
             for layer in self.layers:
@@ -227,14 +228,14 @@ class _Replay:
 
     def _before(self, index: int) -> Callable[[nn.Module, Any, dict[str, Any]], None]:
         def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden, rest = split(module.forward, args, kwargs)
             if index == 0:
                 self.hidden.append(hidden)
             elif self._out is None or (hidden is not self._out and not torch.equal(hidden, self._out)):
                 raise Error(
                     f"model: layer {index} does not read what layer {index - 1} gives; cannot go layer by layer"
                 )
-            self._rest[index].append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
+            self._rest[index].append(rest)
 
         return before
 
@@ -243,9 +244,9 @@ class _Replay:
 
     def run(self, layer: int, move: bool = True) -> None:
         """One layer over all batches; `move` makes its outputs the hidden states."""
-        for i, (args, kwargs) in enumerate(self._rest[layer]):
+        for i, rest in enumerate(self._rest[layer]):
             self._mask = self._masks[i]
-            out = _hidden(self.layers[layer].module(self.hidden[i], *args, **kwargs))
+            out = _hidden(self.layers[layer].module(self.hidden[i], **rest))
             if move:
                 self.hidden[i] = out
 

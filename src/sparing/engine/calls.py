@@ -15,22 +15,33 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from sparing.grid.method import Error
 
-_PARAMETERS: weakref.WeakKeyDictionary[Any, dict[str, inspect.Parameter]] = weakref.WeakKeyDictionary()
-_CACHES: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class _Signature:
+    parameters: dict[str, inspect.Parameter]
+    positional: tuple[str, ...]
+    cache: str | None
 
 
-def _plain(function: Callable[..., Any]) -> Any:
-    """The function behind methods and wrappers: read once a class, and no module is kept alive."""
-    function = inspect.unwrap(function)
-    return getattr(function, "__func__", function)
+_SIGNATURES: weakref.WeakKeyDictionary[Any, _Signature] = weakref.WeakKeyDictionary()
+
+
+def _signature(function: Callable[..., Any]) -> _Signature:
+    """Kept by the function behind methods and wrappers: read once a class, and no module is kept alive."""
+    plain = inspect.unwrap(function)
+    plain = getattr(plain, "__func__", plain)
+    found = _SIGNATURES.get(plain)
+    if found is None:
+        known = dict(inspect.signature(function).parameters)
+        positional = tuple(n for n, p in known.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+        cache = next((n for n, p in known.items() if re.search(r"\bCache\b", str(p.annotation))), None)
+        found = _SIGNATURES[plain] = _Signature(known, positional, cache)
+    return found
 
 
 def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """Parameters of a module's `forward` by name, `self` not among them."""
-    plain = _plain(function)
-    if plain not in _PARAMETERS:
-        _PARAMETERS[plain] = dict(inspect.signature(function).parameters)
-    return _PARAMETERS[plain]
+    return _signature(function).parameters
 
 
 def named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,7 +50,7 @@ def named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
     Raises:
         Error: more positional arguments than the function names.
     """
-    names = [name for name, p in parameters(function).items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    names = _signature(function).positional
     if len(args) > len(names):
         raise Error(f"{function!r}: got {len(args)} positional arguments, takes {', '.join(names)}")
     return {**dict(zip(names, args)), **kwargs}
@@ -65,11 +76,20 @@ def mask_parameter(function: Callable[..., Any]) -> str:
 
 def cache_parameter(function: Callable[..., Any]) -> str | None:
     """The parameter that takes the KV cache, by its annotation; None where no parameter says so."""
-    plain = _plain(function)
-    if plain not in _CACHES:
-        said = [name for name, p in parameters(function).items() if re.search(r"\bCache\b", str(p.annotation))]
-        _CACHES[plain] = said[0] if said else None
-    return _CACHES[plain]
+    return _signature(function).cache
+
+
+def needed_cache_parameter(function: Callable[..., Any]) -> str:
+    """The same, where there has to be one.
+
+    Raises:
+        Error: no parameter is annotated as a Cache.
+    """
+    name = cache_parameter(function)
+    if name is None:
+        said = getattr(function, "__qualname__", function)
+        raise Error(f"{said}: no parameter takes a KV cache (looked for one annotated Cache)")
+    return name
 
 
 def cache_in(values: Mapping[str, Any]) -> tuple[str | None, Cache | None]:
@@ -86,10 +106,7 @@ def with_cache(module: nn.Module, cache: Cache | None) -> dict[str, Cache | None
     Raises:
         Error: no parameter of its forward is annotated as a Cache.
     """
-    name = cache_parameter(module.forward)
-    if name is None:
-        raise Error(f"{type(module).__name__}.forward: no parameter takes a KV cache (looked for one annotated Cache)")
-    return {name: cache}
+    return {needed_cache_parameter(module.forward): cache}
 
 
 # --------------------------------------------------------------------------- arguments of a layer

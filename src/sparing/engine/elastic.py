@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from sparing.engine.calls import parameters
+from sparing.engine.calls import split
 from sparing.engine.routing import cut_experts
 from sparing.engine.surgery import (
     LayerCut,
@@ -249,7 +249,7 @@ class Elastic:
         more: list[int] = []
 
         def compare(index: int, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-            read = args[0] if args else kwargs[next(iter(parameters(module.forward)))]
+            read, _ = split(module.forward, args, kwargs)
             if not torch.equal(read, out[0] if isinstance(out, tuple) else out):
                 more.append(index)
 

@@ -23,6 +23,7 @@ from sparing.engine.calls import (
     mask_in,
     mask_parameter,
     named,
+    needed_cache_parameter,
     rotary_in,
     split,
 )
@@ -457,9 +458,7 @@ class Pass:
         return (hidden, *[None] * (self.executor.returns - 1)) if self.executor.returns else hidden
 
     def _cache_argument(self, forward: Callable[..., Any]) -> str:
-        if self._cache_name is None:
-            raise Error(f"{forward.__qualname__}: no parameter takes a KV cache (looked for one annotated Cache)")
-        return self._cache_name
+        return self._cache_name or needed_cache_parameter(forward)
 
     def _sublayer_rows(
         self, bypassed: Tensor | bool, slot: Tensor | None, valid: Tensor | None, x: Tensor
@@ -511,7 +510,8 @@ class Pass:
             entry.skipped |= stream.bypassed is not False or stream.bypassed_attention is not False
             if self.run.checks_cache:
                 self._check_cache(entry, index, columns, valid)
-        keys = None if entry is None or entry.complete else entry.columns
+        complete = entry is None or entry.complete
+        keys = None if complete or entry is None else entry.columns
         if keys is None and not everything and not self.past:
             keys = columns
         cut = Cut(columns, keys, self.past, self.width)
@@ -530,14 +530,10 @@ class Pass:
             kwargs[rope_name] = rope
         elif rope_name is not None and entry is not None and entry.shift is not None:
             ids = self.inputs.get("position_ids")
-            ids = (
-                self.past + columns
-                if not isinstance(ids, Tensor)
-                else Cut(columns, None, self.past, self.width)("", ids)
-            )
+            ids = cut("position_ids", ids) if isinstance(ids, Tensor) else self.past + columns
             kwargs[rope_name] = self.rotate(stream.hidden, ids - entry.shift[:, None])
         if mask_name is not None:
-            kwargs[mask_name] = self._mask(stream, entry, kwargs[mask_name], columns, valid)
+            kwargs[mask_name] = self._mask(entry, kwargs[mask_name], columns, valid, everything, complete)
 
     @staticmethod
     def _turned(stream: Stream, entry: RaggedLayer | None) -> bool:
@@ -549,7 +545,7 @@ class Pass:
         """Layers are handed the same positions: cut once for as long as the same rows run."""
         if cut.columns is not stream._index or not is_rotary(value):
             return cut(name, value)
-        return stream._memo(f"rope{id(value[0] if isinstance(value, tuple) else value)}", lambda: cut(name, value))
+        return stream._memo(stream._rope_key(value), lambda: cut(name, value))
 
     def turns(self, index: int) -> bool:
         """Whether layer `index` turns its keys by their positions; found by running two rows through it, once.
@@ -626,23 +622,33 @@ class Pass:
         full = torch.full_like(last, self.width - 1)
         return full - last
 
-    def _mask(self, stream: Stream, entry: RaggedLayer | None, mask: Any, columns: Tensor, valid: Tensor | None) -> Any:
-        whole = columns.shape[1] == self.width and valid is None and stream.whole
-        if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and self.past):
-            if self.past and entry is not None:
-                return self._native(entry.mask(self.past + columns), entry)
-            if (
-                mask is None
-            ):  # causal order holds among the rows, fill-up rows come last: the plain causal kernel is right
-                return mask
+    def _mask(
+        self,
+        entry: RaggedLayer | None,
+        mask: Any,
+        columns: Tensor,
+        valid: Tensor | None,
+        everything: bool,
+        complete: bool,
+    ) -> Any:
+        """The layer's mask for the rows that run.
+
+        Args:
+            everything: these are all columns of the pass.
+            complete: no key is missing in the cache.
+        """
+        if self.past and entry is not None and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
+            return self._native(entry.mask(self.past + columns), entry)
+        if mask is None:  # causal order holds among the rows, fill-up rows come last: the plain causal kernel is right
+            return None
         if not isinstance(mask, Tensor):
             raise Error(
                 f"attention_mask: {type(mask).__name__} cannot be cut to the alive rows; use sdpa, eager or flash"
             )
         if mask.ndim == 2:
-            here = mask if whole else take(mask, columns)
+            here = mask if everything else take(mask, columns)
             return here if valid is None else here * valid
-        if whole and (entry is None or (entry.complete and mask.shape[-1] == entry.columns.shape[1])):
+        if everything and complete and (entry is None or mask.shape[-1] == entry.columns.shape[1]):
             return mask
         mask = mask.expand(self.batch, *mask.shape[1:])
         first = self.past + self.width - mask.shape[-1]  # column of its first key: a window leaves older ones out
@@ -654,8 +660,9 @@ class Pass:
         if first > 0:
             beyond = (keys < 0)[:, None, None, :]
             hidden = beyond if hidden is None else hidden | beyond
-        fill = None if valid is None else ~valid[:, None, :, None]  # rows that nobody reads: they see something, lest
-        if cut.dtype == torch.bool:  # softmax has nothing to share out
+        # Rows that nobody reads see something, lest softmax has nothing to share out.
+        fill = None if valid is None else ~valid[:, None, :, None]
+        if cut.dtype == torch.bool:
             cut = cut if hidden is None else cut & ~hidden
             return cut if fill is None else cut | fill
         cut = cut if hidden is None else cut.masked_fill(hidden, torch.finfo(cut.dtype).min)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparing.engine.calls import named
+from sparing.engine.calls import split
 from sparing.engine.view import View, evaluating
 from sparing.grid.method import Error
 from sparing.grid.score import cosine
@@ -50,7 +50,7 @@ def similarities(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> T
 
     def leaves(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         nonlocal last
-        before_BTD = next(iter(named(module.forward, args, kwargs).values()))
+        before_BTD, _ = split(module.forward, args, kwargs)
         states = before_BTD, out[0] if isinstance(out, tuple) else out
         if layer < len(view) - 1:
             add(layer, *states)

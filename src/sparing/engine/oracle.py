@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from sparing.engine.attach import _tuned, _weights
-from sparing.engine.calls import cache_parameter, mask_parameter, split, with_cache
+from sparing.engine.attach import _tuned
+from sparing.engine.calls import mask_parameter, needed_cache_parameter, split, with_cache
+from sparing.engine.surgery import trained_weights
 from sparing.engine.view import LayerView, View, evaluating
 from sparing.grid.method import Error, Method
 
@@ -165,7 +166,7 @@ def explore(
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model))
         if method is not None:
-            stack.enter_context(_tuned(model, _weights(method)))
+            stack.enter_context(_tuned(model, trained_weights(method)))
         keys: Any = DynamicCache()
         tree.view.decoder(input_ids=ids_T[None], use_cache=True, **with_cache(tree.view.decoder, keys))
         tree.past = [(entry.keys, entry.values) for entry in keys.layers]
@@ -259,10 +260,7 @@ class _Tree:
         kwargs[mask_parameter(forward)] = torch.zeros_like(seen, dtype=x.dtype).masked_fill(
             ~seen, torch.finfo(x.dtype).min
         )[None, None]
-        name = cache_parameter(forward)
-        if name is None:
-            raise Error(f"{forward.__qualname__}: no parameter takes a KV cache (looked for one annotated Cache)")
-        kwargs[name] = past
+        kwargs[needed_cache_parameter(forward)] = past
         out = forward(x[:, :S].reshape(S // m, m, D), **kwargs)
         first, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
         first = first.reshape(1, S, D).repeat(1, C, 1)

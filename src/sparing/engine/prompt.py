@@ -41,11 +41,11 @@ class Generation:
     @classmethod
     def of(cls, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generation:
         """Read off the call: the ids may be the whole sequence, or what follows the columns of a kept cache."""
-        given = {**named(generate, args, kwargs)}
+        given = named(generate, args, kwargs)
         config = given.get("generation_config")
         looks_up = given.get("prompt_lookup_num_tokens", getattr(config, "prompt_lookup_num_tokens", None))
-        drafts = given.get("assistant_model") is not None or looks_up is not None or "mtp" in str(given.keys())
-        drafts = drafts or given.get("assistant_early_exit") is not None
+        helpers = (given.get("assistant_model"), given.get("assistant_early_exit"), looks_up)
+        drafts = any(helper is not None for helper in helpers) or any("mtp" in name for name in given)
         embeds, ids = given.get("inputs_embeds"), given.get("input_ids")
         ids = given.get("inputs") if ids is None else ids
         if isinstance(embeds, Tensor):
@@ -53,11 +53,8 @@ class Generation:
         if not isinstance(ids, Tensor):
             return cls(1, drafts)  # generate begins with <bos>
         _, cache = cache_in(given)
-        past, width, mask = (
-            cache.get_seq_length() if cache is not None else 0,
-            ids.shape[1],
-            given.get("attention_mask"),
-        )
+        past = cache.get_seq_length() if cache is not None else 0
+        width, mask = ids.shape[1], given.get("attention_mask")
         whole = width > past if mask is None else mask.shape[-1] == width
         return cls(width if whole or not past else past + width, drafts)
 

@@ -63,6 +63,8 @@ class RaggedLayer(DynamicLayer):
         """Whether every token seen is here, in order and at its own position."""
         if self.columns.shape[1] != self.seen or self.shift is not None:
             return False
+        if self.visible is None:  # no fill-up entries: columns rise, so that as many as were seen are all of them
+            return True
         return bool((self.columns == torch.arange(self.seen, device=self.columns.device)).all())
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -82,12 +84,11 @@ class RaggedLayer(DynamicLayer):
                 f"{self.seen} tokens: outside of the block others would attend without the rest; go on inside the "
                 "`with sparing.attach(…)` block, or start with a new cache"
             )
+        _, first = self.get_mask_sizes(new)  # where the mask that the model has built begins
         columns = torch.arange(before, before + new, device=key_states.device).expand(len(key_states), -1)
         self.extend(columns, None, before + new)
         self._coming = 0
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        first = self.get_mask_sizes(0)[1] if not before else max(0, before - (self.sliding_window or before) + 1)
-        first = first if self.is_sliding else 0
         return keys[..., first:, :], values[..., first:, :]
 
     def free(self) -> None:

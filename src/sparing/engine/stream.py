@@ -384,12 +384,17 @@ class Stream:
     def _rope_full(self) -> Any:
         return rotary_in(self._work.kwargs)[1]
 
+    @staticmethod
+    def _rope_key(full: Any) -> str:
+        """Of the memo: layers of one kind are handed the same tensors, not always in the same tuple."""
+        return f"rope{id(full[0] if isinstance(full, tuple) else full)}"
+
     def rope(self) -> Any:
         """(cos, sin) of the alive rows in the coming layer: their original positions unless `compact` was asked."""
         full = self._rope_full()
         if full is None or (self.whole and not self._compact):
             return full
-        key = f"rope{id(full[0] if isinstance(full, tuple) else full)}"
+        key = self._rope_key(full)
         if self._compact:
             return self._memo(key, lambda: self._work.rotate(self.hidden, self.compact_ids()))
         return self._memo(key, lambda: self._rope_of(full, self.index))

@@ -125,11 +125,13 @@ class LayerView:
         module = _child(self.mlp, "experts") if self.mlp is not None else None
         if module is None or isinstance(module, nn.ModuleList):
             return None
+        called = [name for name, p in parameters(module.forward).items() if p.kind == p.POSITIONAL_OR_KEYWORD]
+        if len(called) < 3:  # (hidden, indices, gates)
+            return None
         for name in ("gate", "router"):
             router: Any = _child(self.mlp, name)  # type: ignore[arg-type]
             weight, k = getattr(router, "weight", None), getattr(router, "top_k", None)
-            called = [name for name, p in parameters(module.forward).items() if p.kind == p.POSITIONAL_OR_KEYWORD]
-            if isinstance(weight, Tensor) and isinstance(k, int) and len(called) >= 3:  # (hidden, indices, gates)
+            if isinstance(weight, Tensor) and isinstance(k, int):
                 groups, chosen = (getattr(router, key, None) or 1 for key in ("num_group", "topk_group"))
                 return Experts(self.mlp, router, name, module, len(weight), k, groups, chosen)  # type: ignore[arg-type]
         return None

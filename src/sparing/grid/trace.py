@@ -120,6 +120,11 @@ class Cells:
     all_pairs: list[int] = field(default_factory=list)
     generated: int = 0
 
+    @property
+    def keeps_visual(self) -> bool:
+        """Whether all visual tokens ran every layer."""
+        return all(rows == self.visual for rows in self.visual_rows)
+
 
 @dataclass
 class Trace:
