@@ -7,7 +7,6 @@ import functools
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,6 @@ from sparing.testing.models import _SIZES, LAYERS, build, prompt
 
 NAMES = ("llama", "biased", "qwen3", "phi3", "gemma3", "llava")
 TEXT = ("llama", "biased", "qwen3", "phi3", "gemma3")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,14 +20,6 @@ from tests.width.test_flap import GROUPS, LAYERS, N, batches, block_parameters, 
 
 SHAPE = sparing.Shape(layers=LAYERS, heads=8, groups=GROUPS, head_dim=12, hidden=48, neurons=N)
 UNIT = 3 * 48  # parameters of a neuron
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def control(kind: str, p: float = 0.4, seed: int = 0, **fields: Any) -> WidthControl:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,14 +25,6 @@ X = torch.tensor([[1.0, 2, 0], [3, 2, 1], [5, 2, 5], [3, 2, 2]])
 W = torch.tensor([[1.0, 2, 1], [0, 1, -1]])
 LAYERS, D, N, GROUPS, HEADS, HEAD_DIM = 5, 48, 200, 4, 8, 12
 STRUCTURES = [("AL-AM", None), ("UL-UM", None), ("UL-MM", 2), ("AL-MM", 3)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.cache

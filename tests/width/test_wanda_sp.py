@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,6 @@ from tests.width.test_controls import counts, kept
 from tests.width.test_flap import GROUPS, HEAD_DIM, LAYERS, D, N, W, X, batches, block_parameters, wide
 
 PORTIONS = (0.0, 0.03, 0.2, 0.35, 0.5, 0.8, 0.97, 1.0)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.cache

@@ -40,6 +40,20 @@ _SIZES: dict[str, Any] = {
 _TOKENS = {k: _SIZES[k] for k in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
 _OLD = {**_TOKENS, "num_attention_heads": 4}
 _GPT = {**_TOKENS, "n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 256}
+_LATENT: dict[str, Any] = {  # of the DeepSeek models
+    **_SIZES,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": EXPERTS,
+    "num_experts_per_tok": TOP_K,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
 _EXPERTS: dict[str, Any] = {"num_experts": EXPERTS, "num_experts_per_tok": TOP_K}
 
 
@@ -88,30 +102,11 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> transformers.PreTrai
         kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
         model = hf.Cohere2ForCausalLM(hf.Cohere2Config(**_SIZES, sliding_window=8, layer_types=kinds))
     elif name == "deepseek-v2":  # one complex rotary tensor; latent attention
-        model = hf.DeepseekV2ForCausalLM(
-            hf.DeepseekV2Config(
-                **{**_SIZES, "num_key_value_heads": 4},
-                moe_intermediate_size=24,
-                n_routed_experts=EXPERTS,
-                num_experts_per_tok=TOP_K,
-                n_shared_experts=1,
-                first_k_dense_replace=1,
-                q_lora_rank=16,
-                kv_lora_rank=16,
-                qk_nope_head_dim=8,
-                qk_rope_head_dim=8,
-                v_head_dim=8,
-                n_group=1,
-                topk_group=1,
-                topk_method="greedy",
-            )
-        )
+        model = hf.DeepseekV2ForCausalLM(hf.DeepseekV2Config(**_LATENT, n_group=1, topk_group=1, topk_method="greedy"))
     elif name == "gpt-oss":  # attention sinks, one number a head
         sizes = {"num_local_experts": EXPERTS, "num_experts_per_tok": TOP_K, "sliding_window": 8}
         model = hf.GptOssForCausalLM(hf.GptOssConfig(**_SIZES, head_dim=16, **sizes))
-    elif (
-        name == "llama4"
-    ):  # chunked attention; no positions in every fourth layer; a dense layer before each of experts
+    elif name == "llama4":  # chunked attention, complex rotary, none in every fourth layer; experts in every second
         sizes = {"num_local_experts": EXPERTS, "num_experts_per_tok": 1, "intermediate_size_mlp": 48}
         model = hf.Llama4ForCausalLM(
             hf.Llama4TextConfig(**_SIZES, **sizes, head_dim=8, attention_chunk_size=8, interleave_moe_layer_step=2)
@@ -125,23 +120,7 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> transformers.PreTrai
     elif name == "mixtral":
         model = hf.MixtralForCausalLM(hf.MixtralConfig(**_SIZES, num_local_experts=EXPERTS, num_experts_per_tok=TOP_K))
     elif name == "deepseek-v3":
-        model = hf.DeepseekV3ForCausalLM(
-            hf.DeepseekV3Config(
-                **{**_SIZES, "num_key_value_heads": 4},
-                moe_intermediate_size=24,
-                n_routed_experts=EXPERTS,
-                num_experts_per_tok=TOP_K,
-                n_group=2,
-                topk_group=1,
-                n_shared_experts=1,
-                first_k_dense_replace=1,
-                q_lora_rank=16,
-                kv_lora_rank=16,
-                qk_nope_head_dim=8,
-                qk_rope_head_dim=8,
-                v_head_dim=8,
-            )
-        )
+        model = hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**_LATENT, n_group=2, topk_group=1))
     elif name == "llava":
         vision = hf.CLIPVisionConfig(
             hidden_size=16,

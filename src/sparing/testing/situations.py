@@ -12,7 +12,7 @@ from torch import Tensor
 from sparing.engine.attach import attach
 from sparing.engine.calls import cache_in, with_cache
 from sparing.grid.method import Error, Method
-from sparing.testing.models import IMAGE, VISION, VOCAB, build, prompt
+from sparing.testing.models import IMAGE, VISION, VISUAL, VOCAB, build, prompt
 
 TOKENS = 6
 
@@ -30,7 +30,7 @@ def _settings(architecture: str) -> dict[str, Any]:
 
 def _attached(model: Any, method: Method, **options: Any) -> Any:
     run = attach(model, method, warn=False, **options)
-    run.oracle = torch.arange(16) % 3
+    run.oracle = torch.arange(VISUAL) % 3
     return run
 
 
